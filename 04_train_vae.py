@@ -1,0 +1,285 @@
+"""Stage 4 of VIVAT: train the VAE and its discriminator together, from step 0 (Sec. 3.1, Tables 2 and 3).
+
+Reads   RUN/data (01_data.py); RUN/vae.pt if this run was interrupted.
+Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reconstructions), RUN/log.jsonl.
+Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
+
+    python 04_train_vae.py --preset small --run runs/mine
+    torchrun --nproc-per-node 8 04_train_vae.py --preset paper --run runs/mine
+
+The same command again goes on where the last one stopped, exactly: everything random is a function of (seed, step).
+"""
+import copy, importlib, json, math, os, signal, sys, time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+data = importlib.import_module("01_data")
+model = importlib.import_module("02_model")
+losses = importlib.import_module("03_losses")
+
+
+@dataclass(frozen=True)
+class Settings(losses.Losses, model.Architecture):
+    run: str = ""                      # folder that all stages share [runs/PRESET]
+    crop: int = data.Settings.crop     # Sec. 5.1
+    lr: float = 1e-4                   # Table 2, of both networks
+    ema_decay: float = 0.9999          # Table 2
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"   # Table 2; bf16: the VAE under autocast, losses and weights stay FP32
+    steps: int = 1_000_000             # not in the paper: of the order of MoVQGAN's 1.3 to 2.4 million
+    batch: int = 64                    # not in the paper: pictures a step over all processes; MoVQGAN had 8 to 20 on each of its GPUs
+    accumulate: int = 1                # not in the paper: parts that a process's share of the batch goes through memory in
+    beta1: float = 0.5                 # not in the paper: Adam, of MoVQGAN; low, since the other player moves
+    beta2: float = 0.9                 # not in the paper: Adam, of MoVQGAN
+    clip: float = 1.0                  # not in the paper: largest gradient norm; MoVQGAN clips each value at 1.0
+    seed: int = 0                      # not in the paper
+    device: str = "auto"               # not in the paper: cuda, mps or cpu
+    compile: bool = False              # not in the paper: torch.compile the VAE
+    workers: int = -1                  # not in the paper: loader processes; -1 is 8 beside a GPU, 0 on a CPU
+    log_every: int = 100               # not in the paper
+    val_every: int = 2_000             # not in the paper
+    save_every: int = 2_000            # not in the paper
+    val_pictures: int = 256            # not in the paper: validation pictures that are looked at, at most
+    latent_pictures: int = 10_000      # not in the paper: training crops that latent mean and deviation are taken over
+    dry_run: bool = False              # print settings and parameter counts as JSON and stop
+
+
+SHARED = {p: model.PRESETS[p] | losses.PRESETS[p] for p in model.PRESETS}
+PRESETS = {
+    "paper": SHARED["paper"],
+    "small": SHARED["small"] | dict(steps=60_000, batch=16, precision="bf16", ema_decay=0.999),
+    "demo": SHARED["demo"] | dict(steps=1000, batch=16, lr=1e-3, ema_decay=0.99, log_every=50, val_every=250, save_every=250,
+                                  val_pictures=48, latent_pictures=256),
+}
+FREE = {"run", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
+
+
+def train(s, stage, out, vae, disc, parent, resume):
+    """Run the loop from `resume` (a checkpoint dict or None) to s.steps; vae is an encoder and decoder, some of it perhaps frozen."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(vae.parameters()).device
+    share = s.batch // world                                # pictures of each step that this process sees
+    micro = share // s.accumulate                           # and of these, what is in memory at once
+    perceptual = losses.Perceptual(s.perceptual_net).to(device)
+    ema = copy.deepcopy(vae).eval().requires_grad_(False)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
+    adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type == "cuda")
+    optimizer, disc_optimizer = torch.optim.Adam(trained, **adam), torch.optim.Adam(disc.parameters(), **adam)
+    step = 0
+    if resume:
+        step = resume["step"]
+        for module, key in ((vae, "model"), (ema, "ema"), (disc, "disc"), (optimizer, "optimizer"), (disc_optimizer, "disc_optimizer")):
+            module.load_state_dict(resume[key])
+    save = lambda mean=None, std=None: rank == 0 and model.save_checkpoint(
+        out, stage=stage, step=step, settings=asdict(s), parent=parent, latent_mean=mean, latent_std=std,
+        architecture={f.name: getattr(s, f.name) for f in fields(model.Architecture)},
+        model=vae.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
+        optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict())
+    vae_net, disc_net = torch.compile(vae) if s.compile else vae, disc
+    if world > 1:
+        vae_net, disc_net = DistributedDataParallel(vae_net), DistributedDataParallel(disc_net)
+
+    crops = data.Crops(Path(s.run, "data", "train"), s.crop, s.seed)
+    val = val_crops(s, device) if rank == 0 else None
+    workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
+    positions = ([t * s.batch + rank * share + a * micro + i for i in range(micro)] for t in range(step, s.steps) for a in range(s.accumulate))
+    loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=workers, pin_memory=device.type == "cuda"))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
+    stopping = catch_signals()
+    bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
+    clock, since = time.time(), step
+
+    for step in range(step + 1, s.steps + 1):
+        # Noise of the whole batch on the CPU, then this process's rows: the same on any device and number of processes.
+        generator = torch.Generator().manual_seed((s.seed << 32) + step)
+        noise = torch.randn(s.batch, s.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=generator)
+        noise = noise[rank * share:(rank + 1) * share].split(micro)
+        values = {}
+        for part in range(s.accumulate):
+            vae_net.require_backward_grad_sync = disc_net.require_backward_grad_sync = part == s.accumulate - 1
+            x = next(loader).to(device, non_blocking=True).float() / 127.5 - 1                  # (micro, 3, crop, crop)
+            with autocast:
+                x_hat, mean, logvar = vae_net(x, noise[part].to(device, non_blocking=True))
+            x_hat, mean, logvar = x_hat.float(), mean.float(), logvar.float()
+
+            disc.requires_grad_(False)                      # the VAE's step leaves no gradient in the discriminator
+            total, terms = losses.total_loss(x, x_hat, mean, logvar, disc(x_hat), perceptual, s)    # Eq. 7
+            (total / s.accumulate).backward()
+
+            disc.requires_grad_(True)                       # and the discriminator's step none in the VAE: x_hat is detached
+            real, fake = disc_net(torch.cat([x, x_hat.detach()])).chunk(2)
+            disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
+            (disc_loss / s.accumulate).backward()
+            for name, value in dict(total=total, **terms, disc=disc_loss, d_real=real.mean(), d_fake=fake.mean()).items():
+                values[name] = values.get(name, 0) + value.detach() / s.accumulate
+        values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
+        values["grad_disc"] = torch.nn.utils.clip_grad_norm_(disc.parameters(), s.clip)
+        optimizer.step()
+        disc_optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        disc_optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():                               # not in the paper: the usual warm-up of the average
+            torch._foreach_lerp_(averaged, trained, 1 - min(s.ema_decay, (1 + step) / (10 + step)))
+        bar.update()
+
+        last, stop_now = step == s.steps, stopping(device)
+        saving = step % s.save_every == 0 or last or stop_now
+        if saving or step % s.log_every == 0:
+            values = gather(values, world)
+            if not all(math.isfinite(v) for v in values.values()):
+                wrong = ", ".join(name for name, v in values.items() if not math.isfinite(v))
+                data.stop(f"step {step}: {wrong} not finite; {out} still holds the last good step: lower --lr or --clip, or use --precision fp32")
+        if step % s.log_every == 0 or last:
+            rate = (step - since) * s.batch / (time.time() - clock)
+            weighted = {f"weighted_{k}": values[k] * w for k, w in dict(kl=s.lambda_kl, recon=s.lambda_recon, adv=s.lambda_adv, perc=s.lambda_perc).items()}
+            entry = dict(stage=stage, step=step) | values | weighted | dict(pictures_per_second=rate)
+            if (step % s.val_every == 0 or last) and rank == 0:
+                entry |= validate(ema, val, perceptual, micro, Path(s.run, "reconstructions.png"))
+            if rank == 0:
+                bar.write(status(entry, s.steps))
+                data.log(s.run, **entry)
+            clock, since = time.time(), step
+        if saving:
+            save()
+        if stop_now:
+            bar.close()
+            print(f"{stage}: saved {out} at step {step}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(128 + stop_now)
+    bar.close()
+    if rank == 0:
+        mean, std = latent_statistics(ema, crops, s, micro, device)
+        save(mean, std)
+        print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to {std.max():.3f} over {len(std)} channels")
+
+
+def val_crops(s, device):
+    """The centres of the first validation pictures, (n, 3, crop, crop) in [-1, 1]."""
+    folder = Path(s.run, "data", "val")
+    crops = [data.centre_crop(data.read_picture(folder / str(n), s.crop), s.crop) for n in data.picture_names(folder)[:s.val_pictures]]
+    return torch.stack(crops).to(device).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def validate(ema, x, perceptual, batch, picture):
+    """Mean PSNR and perceptual distance of the EMA weights' reconstructions from the posterior's mean; draws the first eight."""
+    psnr, perc, shown = [], [], None
+    for part in x.split(batch):
+        x_hat = ema.decode(ema.encode(part).mean)
+        psnr.append(losses.psnr(part, x_hat))
+        perc.append(perceptual(part, x_hat) * len(part))
+        shown = x_hat if shown is None else torch.cat([shown, x_hat])[:8]
+    tiles = [((t.clamp(-1, 1) + 1) * 127.5).round().byte() for t in torch.cat([x[:len(shown[:8])], shown[:8]])]
+    tiles = [data.resize_shorter(t, max(120, t.shape[-1]), data.InterpolationMode.NEAREST) for t in tiles]
+    sheet = data.contact_sheet(tiles, len(tiles) // 2, rows=["original", "reconstruction"])
+    data.write_aside(picture, lambda f: sheet.save(f, "PNG"))
+    return {"val_psnr": torch.cat(psnr).mean().item(), "val_perc": (sum(perc) / len(x)).item()}
+
+
+@torch.no_grad()
+def latent_statistics(vae, crops, s, batch, device):
+    """Mean and standard deviation of each latent channel, (k,), of z drawn from the posteriors of training crops."""
+    n, sums, squares = 0, 0, 0
+    for i in tqdm(range(0, s.latent_pictures, batch), unit="batch", desc="latents", **data.BAR):
+        x = torch.stack([crops[j] for j in range(i, min(i + batch, s.latent_pictures))]).to(device).float() / 127.5 - 1
+        q = vae.encode(x)
+        mean, var = (t.cpu().double() for t in (q.mean, q.logvar.exp()))                # (b, k, h/f, w/f)
+        n += mean[:, 0].numel()
+        sums = sums + mean.sum(dim=(0, 2, 3))
+        squares = squares + (mean.square() + var).sum(dim=(0, 2, 3))                    # E[z^2] = mean^2 + var
+    return (sums / n).float(), (squares / n - (sums / n).square()).sqrt().float()
+
+
+# ---------------------------------------------------------------- plumbing
+
+def status(e, steps):
+    """One line: each term raw, and times its weight."""
+    terms = "  ".join(f"{k} {e[k]:.4g} > {e['weighted_' + k]:.4g}" for k in ("recon", "perc", "adv", "kl"))
+    val = f"  val {e['val_psnr']:.2f} dB, perc {e['val_perc']:.4f}" if "val_psnr" in e else ""
+    return (f"{e['step']:7d}/{steps}  loss {e['total']:.4f}  {terms}  D {e['disc']:.3f} real {e['d_real']:+.2f} fake {e['d_fake']:+.2f}"
+            f"  grad {e['grad_vae']:.2g} {e['grad_disc']:.2g}  {e['pictures_per_second']:.0f} pic/s{val}")
+
+
+def gather(values, world):
+    """Python numbers of the step's 0-d tensors, means over all processes; the only place where the host waits for the device."""
+    numbers = torch.stack([v.float() for v in values.values()])
+    if world > 1:
+        dist.all_reduce(numbers)
+        numbers /= world
+    return dict(zip(values, numbers.tolist()))
+
+
+def catch_signals():
+    """After Ctrl-C or SIGTERM the returned function gives the signal's number, in all processes at the same step; a second Ctrl-C kills."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+
+    def stopping(device):
+        if not dist.is_initialized():
+            return caught[0] if caught else 0
+        flag = torch.tensor(float(caught[0] if caught else 0), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+    return stopping
+
+
+def prepare(s, stage, out):
+    """Device, processes and what an interrupted run left: (device, checkpoint or None). Flags that contradict it are an error."""
+    torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
+    torch.set_float32_matmul_precision("highest" if s.precision == "fp32" else "high")
+    device = model.pick_device(s.device)
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if s.batch < 1 or s.batch % (world * s.accumulate):
+        data.stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate {s.accumulate}")
+    if not out.exists():
+        return device, None
+    file = model.read_checkpoint(out, (stage,), f"{stage}.py with another --run")
+    data.check_settings(file["settings"], asdict(s), FREE, out)
+    if file["step"] > s.steps:
+        data.stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
+    # The log goes back to the checkpoint too: lines of steps that were lost would otherwise stand in it twice.
+    log = Path(s.run, "log.jsonl")
+    if log.exists() and int(os.environ.get("RANK", 0)) == 0:
+        keep = [line for line in data.read_jsonl(log) if line.get("stage") != stage or line["step"] <= file["step"]]
+        data.write_aside(log, lambda f: f.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
+    return device, file
+
+
+def main(settings):
+    s = settings
+    torch.manual_seed(s.seed)
+    if s.dry_run:
+        vae, disc = model.build(s), losses.Discriminator(s.disc_width, s.disc_layers)
+        return data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder), decoder=model.count(vae.decoder), discriminator=model.count(disc))
+    out, pictures = Path(s.run, "vae.pt"), Path(s.run, "data", "train", "metadata.jsonl")
+    data.picture_names(pictures.parent)
+    device, resume = prepare(s, "04_train_vae", out)
+    parent = model.parent(pictures)
+    if resume and resume["parent"]["sha256"] != parent["sha256"]:
+        data.stop(f"{pictures} has changed since {out} was begun: take another --run for the new pictures")
+    if resume and resume["step"] == s.steps and resume["latent_mean"] is not None:
+        print(f"{out} is finished at step {s.steps}; more --steps go on from there")
+        return out
+    vae, disc = model.build(s).to(device), losses.Discriminator(s.disc_width, s.disc_layers).to(device)
+    if s.crop % vae.factor or s.crop < 4 * vae.factor:
+        data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
+    if s.perceptual_net == "untrained":
+        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
+    train(s, "04_train_vae", out, vae, disc, parent, resume)
+    return out
+
+
+if __name__ == "__main__":
+    data.start(main, Settings, PRESETS, __doc__)
