@@ -10,14 +10,14 @@ Paper   Sec. 5.1 (data selection, resize, then crop).
 
 Run it again and it does only what is missing.
 """
-import argparse, hashlib, inspect, io, itertools, json, math, os, random, re, sys, tarfile, time, typing, warnings
+import argparse, collections, hashlib, inspect, io, itertools, json, math, os, random, re, sys, tarfile, time, typing, warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
-import torchvision.io
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
@@ -86,7 +86,7 @@ def centre_crop(x, crop):
 
 def read_picture(path, at_least=1):
     """A prepared picture as uint8 (3, h, w)."""
-    x = torchvision.io.decode_image(str(path), mode="RGB")
+    x = F.pil_to_tensor(Image.open(path).convert("RGB"))
     if min(x.shape[1:]) < at_least:
         stop(f"{path} is {x.shape[2]}x{x.shape[1]}: smaller than the crop of {at_least}; run 01_data.py with a larger --resize")
     return x
@@ -94,7 +94,6 @@ def read_picture(path, at_least=1):
 
 def picture_names(folder):
     """File names in metadata.jsonl, as a numpy array: workers share one copy, however many there are."""
-    import numpy as np
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file() or not path.stat().st_size:
         stop(f"{path} is missing or empty: run 01_data.py first (a larger --val-share puts more pictures into data/val)")
@@ -103,52 +102,47 @@ def picture_names(folder):
 
 # ---------------------------------------------------------------- one picture in, one picture out
 
-def prepare(item, settings):
-    """Filter, resize and store one picture; return its line for metadata.jsonl, or for rejected.jsonl if it has a "reason"."""
-    record = {"source": item["name"].encode("utf-8", "replace").decode()}
+def prepare(name, parts, settings):
+    """Filter, resize and store one picture; return its line for metadata.jsonl, or one with a "reason" for rejected.jsonl."""
+    record = {"source": os.fsencode(name).decode("utf-8", "replace")}
     try:
-        caption, score = describe(item)
+        if isinstance(parts, Exception):
+            raise parts
+        caption, score = describe(parts)
         if score is not None and score <= settings.min_score:
             raise ValueError(f"aesthetic score {score:g} is not above {settings.min_score:g}")
-        x, (width, height) = to_rgb(item, settings)
-        x = resize_shorter(x, settings.resize)                                        # (3, h, w), uint8
-        key = hashlib.sha256(os.fsencode(item["name"])).hexdigest()
+        x, (width, height) = to_rgb(parts, settings)
+        x = resize_shorter(x, settings.resize)                                          # (3, h, w), uint8
         # The split looks at the bare name alone, so it never changes as a folder grows or moves.
-        share = int(hashlib.sha256(os.fsencode(os.path.basename(item["name"]))).hexdigest()[:8], 16) / 2 ** 32
-        split = "val" if share < settings.val_share else "train"
-        stem = re.sub(r"[^\w-]", "_", Path(record["source"]).stem)[:40]
-        name = f"{key[:2]}/{stem}-{key[2:10]}.webp"                                     # 256 folders: millions of files stay listable
-        path = Path(settings.run, "data", split, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = lambda text: hashlib.sha256(os.fsencode(text)).hexdigest()
+        split = "val" if int(digest(os.path.basename(name))[:8], 16) / 2 ** 32 < settings.val_share else "train"
+        key, stem = digest(name), re.sub(r"[^\w-]", "_", Path(record["source"]).stem)[:40]
+        file_name = f"{key[:2]}/{stem}-{key[2:10]}.webp"                                # 256 folders: millions of files stay listable
         # Lossless WebP: 14 ms to write and 6 ms to read at 480p, where PNG level 1 takes 22 and 9 and a third more space.
-        write_aside(path, lambda f: F.to_pil_image(x).save(f, "WEBP", lossless=True, quality=0, method=0))
-        record |= {"split": split, "file_name": name, "text": caption, "score": score, "original_width": width, "original_height": height}
-    except Exception as error:                             # one bad file among a million never stops the run
-        record["reason"] = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        write_aside(Path(settings.run, "data", split, file_name), lambda f: F.to_pil_image(x).save(f, "WEBP", lossless=True, quality=0, method=0))
+        record |= dict(split=split, file_name=file_name, text=caption, score=score, original_width=width, original_height=height)
+    except Exception as error:                              # one bad file among a million never stops the run
+        text = re.sub(r" <_io.*>", "", str(error))                   # addresses in memory help nobody
+        record["reason"] = text if type(error) is ValueError else f"{type(error).__name__}: {text}"
     return record
 
 
-def to_rgb(item, settings):
-    """Decode to uint8 RGB (3, h, w), upright, alpha over white. Raises on what is broken, tiny or enormous."""
+def to_rgb(parts, settings):
+    """Decode to uint8 RGB (3, h, w), upright, alpha over white; also the original size. Raises on what is broken, tiny or enormous."""
+    Image.MAX_IMAGE_PIXELS = None                           # Pillow's own guard; --max-pixels is ours
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if callable(item.get("draw")):
-            return F.pil_to_tensor(item["draw"]()), (1280, 720)
-        blob = item["read"]()
-        im = Image.open(io.BytesIO(blob))                  # reads the header only
-        if im.width * im.height > settings.max_pixels:
-            raise ValueError(f"{im.width}x{im.height} is more than {settings.max_pixels} pixels")
-        if min(im.size) < settings.min_side:
-            raise ValueError(f"shorter side of {im.width}x{im.height} is below {settings.min_side}")
+        blob = parts["picture"]()
+        im = blob if isinstance(blob, Image.Image) else Image.open(io.BytesIO(blob))    # reads the header only
         size = im.size
-        if im.format == "JPEG" and im.mode in ("RGB", "L"):   # torchvision's decoder hands over a tensor without a copy
-            blob = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
-            return torchvision.io.decode_jpeg(blob, mode="RGB", apply_exif_orientation=True), size
+        if size[0] * size[1] > settings.max_pixels:
+            raise ValueError(f"{size[0]}x{size[1]} is more than {settings.max_pixels} pixels")
+        if min(size) < settings.min_side:
+            raise ValueError(f"shorter side of {size[0]}x{size[1]} is below {settings.min_side}")
         im = ImageOps.exif_transpose(im)
-        if im.mode.startswith("I") or im.mode == "F":         # 16 or 32 bits a pixel; Pillow's own conversion would clip
-            import numpy as np
+        if im.mode.startswith("I") or im.mode == "F":       # 16 or 32 bits a value, which Pillow's own conversion would clip
             values = np.asarray(im).astype(np.float32)
-            top = next((t for t in (1, 255, 65535) if values.max() <= t), float(values.max())) if im.mode in ("F", "I") else 65535
+            top = 65535 if im.mode.startswith("I;16") else next((t for t in (1, 255, 65535) if values.max() <= t), values.max())
             im = Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))
         if im.has_transparency_data:
             im = im.convert("RGBA")
@@ -156,11 +150,11 @@ def to_rgb(item, settings):
         return F.pil_to_tensor(im.convert("RGB")), size
 
 
-def describe(item):
-    """Caption and aesthetic score from the .txt and .json that img2dataset leaves beside a picture; (str, float or None)."""
-    caption = (item.get("text") or b"").decode("utf-8-sig", "replace").strip()
+def describe(parts):
+    """Caption (str) and aesthetic score (float or None) from the .txt and .json that img2dataset leaves beside a picture."""
+    caption = parts[".txt"]().decode("utf-8-sig", "replace").strip() if ".txt" in parts else ""
     try:
-        meta = json.loads(item.get("json") or b"{}")
+        meta = json.loads(parts[".json"]()) if ".json" in parts else {}
     except ValueError:
         meta = {}
     meta = {str(k).lower(): v for k, v in meta.items()} if isinstance(meta, dict) else {}
@@ -177,66 +171,55 @@ def describe(item):
 # ---------------------------------------------------------------- where pictures come from
 
 class Source(IterableDataset):
-    """Prepares the share of the pictures that falls to one DataLoader worker and yields a record for each."""
-    def __init__(self, settings, done):
-        self.settings, self.done = settings, done
-        self.units = list_units(settings)
+    """The record of every n-th picture, prepared: n DataLoader workers share the work, and each passes over what is not its own."""
+    def __init__(self, units, settings, done):
+        self.units, self.settings, self.done = units, settings, done
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         k, n = (worker.id, worker.num_workers) if worker else (0, 1)
-        for item in read_units(self.units, k, n, self.settings):
-            if "reason" in item:
-                yield item
-            elif item["name"].encode("utf-8", "replace").decode() not in self.done:
-                yield prepare(item, self.settings)
+        for number, (name, parts) in enumerate(pictures(self.units, self.settings)):
+            if number % n == k and os.fsencode(name).decode("utf-8", "replace") not in self.done:
+                yield prepare(name, parts, self.settings)
 
 
 def list_units(settings):
-    """What there is to do: scene numbers, or paths of pictures and .tar shards."""
+    """What there is to read: numbers of synthetic scenes, or paths of pictures and .tar shards."""
     if settings.images == "synthetic":
         return list(range(settings.count))
     root = Path(settings.images).expanduser()
     if not root.is_dir():
         stop(f"--images {settings.images}: no such folder")
-    units = [os.path.join(folder, name) for folder, folders, names in os.walk(root, followlinks=False)
-             for name in sorted(names) if os.path.splitext(name)[1].lower() in PICTURES | {".tar"}]
-    return units or stop(f"--images {settings.images}: no pictures ({', '.join(sorted(PICTURES))}) and no .tar shards in it")
+    units = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
+    return units or stop(f"--images {settings.images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards in it")
 
 
-def read_units(units, k, n, settings):
-    """Yield worker k of n its items: {"name", "read" or "draw", "text", "json"}, or {"source", "reason"} for a broken shard."""
-    tars = [u for u in units if str(u).endswith(".tar")]
-    for unit in [u for u in units if not str(u).endswith(".tar")][k::n]:
+def pictures(units, settings):
+    """Yield (name, parts) of each picture: parts maps "picture", ".txt" and ".json" to functions that read them; an Exception for a broken shard."""
+    for unit in units:
         if isinstance(unit, int):
             caption, draw = scene(settings.seed, unit)
-            yield {"name": f"scene-{unit:06d}", "draw": draw, "text": caption.encode()}
-        else:
-            path = Path(unit)
-            yield {"name": os.path.relpath(unit, Path(settings.images).expanduser()), "read": lambda p=path: read_file(p),
-                   **{s: p.read_bytes() for s in ("text", "json") if (p := path.with_suffix({"text": ".txt"}.get(s, ".json"))).is_file()}}
-    by_shard = len(tars) >= n                             # with fewer shards than workers, every worker takes each n-th picture
-    for path in tars[k::n] if by_shard else tars:
-        shard = os.path.relpath(path, Path(settings.images).expanduser())
+            yield f"scene-{unit:06d}", {"picture": draw, ".txt": caption.encode}
+            continue
+        path, name = Path(unit), os.path.relpath(unit, Path(settings.images).expanduser())
+        if not path.is_file():
+            yield name, ValueError("not a regular file")    # a pipe named .jpg would never end
+            continue
+        if suffix(unit) in PICTURES:
+            yield name, {"picture": path.read_bytes} | {end: p.read_bytes for end in (".txt", ".json") if (p := path.with_suffix(end)).is_file()}
+            continue
         try:
             with tarfile.open(path) as tar:
-                groups = itertools.groupby((m for m in tar if m.isfile()), key=lambda m: os.path.splitext(m.name)[0])
-                for number, (key, members) in enumerate(groups):
-                    if by_shard or number % n == k:
-                        parts = {os.path.splitext(m.name)[1].lower(): m for m in members}
-                        side = {s: tar.extractfile(parts[e]).read() for s, e in (("text", ".txt"), ("json", ".json")) if e in parts}
-                        for member in (m for e, m in parts.items() if e in PICTURES):
-                            yield {"name": f"{shard}/{member.name}", "read": lambda m=member: tar.extractfile(m).read(), **side}
+                for _, members in itertools.groupby((m for m in tar if m.isfile()), key=lambda m: os.path.splitext(m.name)[0]):
+                    parts = {suffix(m.name): (m, tar.extractfile(m).read) for m in members}
+                    for member, read in [parts.pop(end) for end in parts.keys() & PICTURES]:
+                        yield f"{name}/{member.name}", {"picture": read} | {end: r for end, (_, r) in parts.items()}
         except (tarfile.TarError, OSError, EOFError) as error:
-            if by_shard or k == 0:
-                yield {"source": shard, "reason": f"shard: {type(error).__name__}: {error}"}
+            yield name, error
 
 
-def read_file(path):
-    """Bytes of a regular file: a pipe named .jpg would never end."""
-    if not path.is_file():
-        raise ValueError("not a regular file")
-    return path.read_bytes()
+def suffix(name):
+    return os.path.splitext(name)[1].lower()
 
 
 # ---------------------------------------------------------------- synthetic scenes
@@ -261,34 +244,33 @@ def scene(seed, index):
 def draw_scene(rng, shape, color, pattern, ground, word):
     w, h = 1280, 720
     shade = lambda name, k: tuple(min(255, round(c * k)) for c in COLORS[name])
-    ramp = lambda turn: Image.linear_gradient("L").rotate(turn).resize((w, h))       # black to white
-    im = Image.composite(Image.new("RGB", (w, h), shade(ground, 0.85)), Image.new("RGB", (w, h), shade(ground, 1.1)), ramp(rng.choice((0, 90, 180, 270))))
-    marks, step = Image.new("L", (w, h)), rng.randint(70, 110)
+    def ramp(name, dark, light):                            # a gradient between two shades, in one of four directions
+        mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((w, h))
+        return Image.composite(Image.new("RGB", (w, h), shade(name, dark)), Image.new("RGB", (w, h), shade(name, light)), mask)
+
+    im, marks, step = ramp(ground, 0.85, 1.1), Image.new("L", (w, h)), rng.randint(70, 110)
     d = ImageDraw.Draw(marks)
     for x in range(0, w, step) if pattern != "plain" else ():
-        if pattern == "striped":
-            d.rectangle((x, 0, x + step // 2, h), fill=255)
-        for y in range(0, h, step) if pattern != "striped" else ():
+        for y in range(0, h, step):
             if pattern == "dotted":
                 d.ellipse((x, y, x + step // 2, y + step // 2), fill=255)
-            elif (x // step + y // step) % 2:
-                d.rectangle((x, y, x + step - 1, y + step - 1), fill=255)
-    im.paste(shade(ground, 0.55), mask=marks)
+            elif pattern == "striped" or (x // step + y // step) % 2:
+                d.rectangle((x, y, x + (step // 2 if pattern == "striped" else step - 1), y + step - 1), fill=255)
+    im.paste(shade(ground, 0.66), mask=marks)
 
-    r, cx, cy, turn = rng.randint(130, 200), w // 2 + rng.randint(-110, 110), h // 2 + rng.randint(-90, 90), rng.uniform(-0.25, 0.25)
-    corners = {"square": 4, "triangle": 3, "star": 10}.get(shape, 90)
-    points = []
-    for i in range(corners):
-        angle = turn - math.pi / 2 + (2 * math.pi * i + (math.pi if corners == 4 else 0)) / corners
-        reach = r * (0.42 if shape == "star" and i % 2 else 1.15 if corners < 90 else 1)
-        points.append((cx + reach * math.cos(angle), cy + reach * math.sin(angle)))
+    cx, cy, r, turn = w // 2 + rng.randint(-110, 110), h // 2 + rng.randint(-90, 90), rng.randint(130, 200), rng.uniform(-0.25, 0.25)
+    n = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
+    reach = [r * (0.48 if shape == "star" and i % 2 else 1.0 if shape == "circle" else 1.15) for i in range(n)]
+    angle = [turn + math.pi * ((2 * i + (shape == "square")) / n - 0.5) for i in range(n)]
+    points = [(cx + a * math.cos(t), cy + a * math.sin(t)) for a, t in zip(reach, angle)]
     mask = Image.new("L", (w, h))
     ImageDraw.Draw(mask).polygon(points, fill=255)
-    im.paste(Image.composite(Image.new("RGB", (w, h), shade(color, 0.8)), Image.new("RGB", (w, h), shade(color, 1.15)), ramp(rng.choice((0, 90)))), mask=mask)
-    ImageDraw.Draw(im).line(points + points[:2], fill=shade(color, 0.5), width=5, joint="curve")
+    im.paste(ramp(color, 0.8, 1.15), mask=mask)
+    d = ImageDraw.Draw(im)
+    d.line(points + points[:2], fill=shade(color, 0.5), width=5, joint="curve")
     if word:
-        ImageDraw.Draw(im).text((w // 2 + rng.randint(-250, 60), rng.choice((20, h - 80))), word, fill=rng.choice(("white", "black")),
-                                font=ImageFont.load_default(rng.randint(34, 52)))
+        d.text((w // 2 + rng.randint(-250, 60), rng.choice((20, h - 80))), word, rng.choice(("white", "black")), ImageFont.load_default(rng.randint(34, 52)))
+    im = im.filter(ImageFilter.GaussianBlur(1))             # edges as soft as a lens and a sensor leave them, not stair-steps
     grain = Image.frombytes("L", (w // 2, h // 2), rng.randbytes(w * h // 4)).resize((w, h)).point(lambda v: 120 + v // 16)
     return ImageChops.add(im, Image.merge("RGB", (grain,) * 3), offset=-128)
 
@@ -305,53 +287,47 @@ def high_frequency_energy(x):
 
 
 def compare(settings):
-    """Print and draw the three ways to a crop; returns {way: (energy, false detail in percent)}."""
-    nearest, bicubic = InterpolationMode.NEAREST, InterpolationMode.BICUBIC
-    ways = {"direct crop": lambda x: x, "nearest, crop": lambda x: resize_shorter(x, settings.resize, nearest),
-            "bicubic, crop": lambda x: resize_shorter(x, settings.resize, bicubic)}
-    rows, tiles = {way: [] for way in ways}, []
-    units = list_units(settings)
-    for item in read_units(units[:: max(1, len(units) // 16)], 0, 1, settings):
+    """Print and draw the three ways to a crop; returns {way: (energy, energy over bicubic's, aliasing)}, medians over pictures."""
+    ways = {"direct crop": None, "nearest, crop": InterpolationMode.NEAREST, "bicubic, crop": InterpolationMode.BICUBIC}
+    # An alias is a frequency that the small picture shows and the large one has not: it stays as a difference
+    # in what both must share, everything below a quarter of the small picture's Nyquist frequency.
+    coarse = lambda x: resize_shorter(x, settings.resize // 4).float()
+    rows, tiles, units = [], [], list_units(settings)
+    for _, parts in pictures(units[::max(1, len(units) // 16)], settings):
         try:
-            full, _ = to_rgb(item, settings)
-        except Exception:                                 # the real run lists what is broken; here it is only passed over
+            full, _ = to_rgb(parts, settings)
+        except Exception:                                   # the real run lists what is broken; here it is passed over
             continue
-        for way, resize in ways.items():
-            small = resize(full)
-            energy = high_frequency_energy(centre_crop(F.rgb_to_grayscale(small)[0].float(), settings.crop))
-            # An alias is a frequency the small picture shows and the large one does not have: it stays as error
-            # in what both must share, here everything below a quarter of the small picture's Nyquist frequency.
-            coarse = lambda x: resize_shorter(x, settings.resize // 4).float()
-            alias = (coarse(small) - coarse(full)).square().mean().sqrt().item()
-            rows[way].append((energy, alias))
-            tiles.append(resize_shorter(centre_crop(small, settings.crop), 240, nearest))
-        if len(tiles) == 16 * len(ways):
+        resized = [resize_shorter(full, settings.resize, how) if how else full for how in ways.values()]
+        crops = [centre_crop(x, settings.crop) for x in resized]
+        energy = [high_frequency_energy(F.rgb_to_grayscale(x)[0].float()) for x in crops]
+        rows.append([(e, e / energy[-1], (coarse(x) - coarse(full)).square().mean().sqrt().item()) for e, x in zip(energy, resized)])
+        tiles += crops
+        if len(rows) == 16:
             break
-    if not tiles:
+    if not rows:
         stop(f"--images {settings.images}: no picture with a shorter side of {settings.min_side} px or more could be read")
-    print(f"Sec. 5.1 on {len(tiles) // 3} pictures, {settings.crop} px crops (median)\n{'':16}{'energy above Nyquist/2':>24}{'aliasing, grey levels':>24}")
-    result = {way: [torch.tensor(v).median().item() for v in zip(*r)] for way, r in rows.items()}
-    for way, (energy, alias) in result.items():
-        print(f"{way:16}{energy:24.2f}{alias:24.2f}")
-    sheet = contact_sheet(tiles[:12], 3, titles=list(ways))
-    write_aside(Path(settings.run, "compare.png"), lambda f: sheet.save(f, "PNG"))
-    print(f"wrote {settings.run}/compare.png")
+    result = dict(zip(ways, torch.tensor(rows).median(dim=0).values.tolist()))
+    print(f"Sec. 5.1 on {len(rows)} pictures, {settings.crop} px crops, medians\n{'':14}{'energy above Nyquist/2':>24}{'over bicubic':>14}{'aliasing, grey levels':>24}")
+    for way, (energy, ratio, alias) in result.items():
+        print(f"{way:14}{energy:24.2f}{ratio:14.2f}{alias:24.2f}")
+    save_sheet(Path(settings.run, "compare.png"), tiles[:12], 3, titles=list(ways))
     return result
 
 
-def contact_sheet(tiles, columns, titles=(), rows=()):
-    """Pillow picture of uint8 tensors (3, h, w) in rows of `columns`, with a title over each column and a label left of each row."""
-    h, w = tiles[0].shape[1:]
-    left, top = (150 if rows else 0), (22 if titles else 0)
+def save_sheet(path, tiles, columns, titles=(), rows=()):
+    """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified, a title over each column and a label beside each row."""
+    tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), InterpolationMode.NEAREST) for t in tiles]
+    (h, w), left, top = tiles[0].shape[1:], 120 if rows else 0, 22 if titles else 0
     sheet = Image.new("RGB", (left + columns * (w + 4), top + -(-len(tiles) // columns) * (h + 4)), "white")
     for i, tile in enumerate(tiles):
-        sheet.paste(F.to_pil_image(tile.cpu()), (left + i % columns * (w + 4), top + i // columns * (h + 4)))
+        sheet.paste(F.to_pil_image(tile), (left + i % columns * (w + 4), top + i // columns * (h + 4)))
     d, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, title in enumerate(titles):
         d.text((left + i * (w + 4) + 2, 3), title, "black", font)
     for i, label in enumerate(rows):
         d.text((4, top + i * (h + 4) + 4), label, "black", font)
-    return sheet
+    write_aside(path, lambda f: sheet.save(f, "PNG"))
 
 
 # ---------------------------------------------------------------- main
@@ -363,38 +339,36 @@ def main(settings):
         stop(f"--resize {settings.resize} must lie between 1 and --min-side {settings.min_side}: enlarged pictures lack the detail Sec. 5.1 asks for")
     if settings.compare:
         return compare(settings)
-    root, start = Path(settings.run, "data"), time.time()
-    keep_settings(root / "settings.json", settings, free={"run", "workers", "count", "compare", "dry_run", "crop"})
-    files = {split: root / split / "metadata.jsonl" for split in ("train", "val")} | {"rejected": root / "rejected.jsonl"}
-    done = {line["source"] for path in files.values() if path.exists() for line in read_jsonl(path, mend=True)}
-    source = Source(settings, done)
-    workers = os.cpu_count() if settings.workers < 0 else settings.workers
-    loader = DataLoader(source, batch_size=None, num_workers=workers, prefetch_factor=16 if workers else None)
-    counts, reasons = {"train": 0, "val": 0, "rejected": 0}, {}
+    root, began, units = Path(settings.run, "data"), time.time(), list_units(settings)
+    kept = root / "settings.json"
+    if kept.exists():
+        check_settings(json.loads(kept.read_text()), asdict(settings), {"run", "workers", "count", "compare", "dry_run", "crop"}, root)
+    write_aside(kept, lambda f: f.write(json.dumps(asdict(settings), indent=2).encode()))
+    files = {key: root / key / "metadata.jsonl" for key in ("train", "val")} | {"rejected": root / "rejected.jsonl"}
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    handles = {key: open(path, "a", encoding="utf-8") for key, path in files.items()}
-    total = None if any(str(u).endswith(".tar") for u in source.units) else max(0, len(source.units) - len(done))
-    bar = tqdm(loader, total=total, unit="picture", desc="01_data", **BAR)
-    for record in bar:
+        path.touch()
+    done = {line["source"] for path in files.values() for line in read_jsonl(path, mend=True)}
+    workers = os.cpu_count() if settings.workers < 0 else settings.workers
+    loader = DataLoader(Source(units, settings, done), batch_size=None, num_workers=workers, prefetch_factor=16 if workers else None)
+    total = None if any(str(u).endswith(".tar") for u in units) else max(0, len(units) - len(done))
+    counts, reasons = collections.Counter(), collections.Counter()
+    for record in (bar := tqdm(loader, total=total, unit="picture", desc="01_data", **BAR)):
         key = record.pop("split", "rejected")
-        handles[key].write(json.dumps(record, ensure_ascii=False) + "\n")
-        handles[key].flush()
+        with open(files[key], "a", encoding="utf-8") as f:  # one line at a time: after a crash at most the last is lost
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
         counts[key] += 1
-        bar.set_postfix(counts, refresh=False)
         if key == "rejected":
-            kind = re.sub(r"[\d.x]+", "N", record["reason"])[:60]
-            reasons[kind] = reasons.get(kind, 0) + 1
-    for handle in handles.values():
-        handle.close()
+            reasons[re.sub(r"\d+(x\d+|\.\d+)?", "N", record["reason"])[:70]] += 1
+        bar.set_postfix(counts, refresh=False)
     there = {split: sum(1 for _ in read_jsonl(files[split])) for split in ("train", "val")}
-    log(settings.run, stage="01_data", **counts, seconds=round(time.time() - start, 2), pictures=there)
-    print(f"{root}: {there['train']} training and {there['val']} validation pictures ({len(done)} were done before; {counts['rejected']} rejected now)")
-    for kind, number in sorted(reasons.items(), key=lambda r: -r[1])[:10]:
-        print(f"  rejected {number:6d}: {kind}")
-    if not there["train"] or not there["val"]:
-        stop(f"{root} has no {'training' if not there['train'] else 'validation'} pictures: "
-             "see rejected.jsonl for reasons, give more pictures, or another --val-share with a new --run")
+    log(settings.run, stage="01_data", **counts, seconds=round(time.time() - began, 2), pictures=there)
+    print(f"{root}: {there['train']} training and {there['val']} validation pictures ({len(done)} done before, {counts['rejected']} rejected now)")
+    for reason, number in reasons.most_common(10):
+        print(f"  rejected {number:6d}: {reason}")
+    for split in there:
+        if not there[split]:
+            stop(f"{root}/{split} is empty: rejected.jsonl has reasons; give more pictures, or another --val-share with a new --run")
     return there
 
 
@@ -439,18 +413,11 @@ def print_settings(settings, **more):
     print(json.dumps(asdict(settings) | more, indent=2))
 
 
-def keep_settings(path, settings, free):
-    """Store the settings a folder is made with; on a later run a flag that contradicts them is an error that names it."""
-    if path.exists():
-        check_settings(json.loads(path.read_text()), asdict(settings), free, path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda f: f.write(json.dumps(asdict(settings), indent=2).encode()))
-
-
 def check_settings(stored, now, free, what):
     """Stop where `now` differs from `stored` in anything that shapes the result; `free` names what may change."""
-    for key in now.keys() - set(free):
-        if key in stored and (list(now[key]) if isinstance(now[key], tuple) else now[key]) != (list(stored[key]) if isinstance(stored[key], tuple) else stored[key]):
+    stored, now = (json.loads(json.dumps(v)) for v in (stored, now))        # tuples and lists alike
+    for key in now.keys() & stored.keys() - free:
+        if now[key] != stored[key]:
             stop(f"{what} was made with --{key.replace('_', '-')} {stored[key]}, now it is {now[key]}: keep the old value, or take another --run")
 
 
@@ -483,7 +450,7 @@ def log(run, **entry):
         f.write(json.dumps(entry) + "\n")
 
 
-def start(main, Settings, presets, doc):
+def command_line(main, Settings, presets, doc):
     """The command line of every script. Ctrl-C ends with a sentence."""
     try:
         main(parse_cli(Settings, presets, doc))
@@ -493,4 +460,4 @@ def start(main, Settings, presets, doc):
 
 
 if __name__ == "__main__":
-    start(main, Settings, PRESETS, __doc__)
+    command_line(main, Settings, PRESETS, __doc__)

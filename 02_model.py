@@ -48,7 +48,7 @@ class Settings(Architecture):
 PRESETS = {
     "paper": {},
     "small": dict(width=64),
-    "demo": dict(width=24, res_blocks=1, attention_levels=(), groups=8),
+    "demo": dict(width=16, res_blocks=1, attention_levels=(), groups=8),
 }
 
 
@@ -439,4 +439,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    data.start(main, Settings, PRESETS, __doc__)
+    data.command_line(main, Settings, PRESETS, __doc__)

@@ -70,9 +70,13 @@ def recon_loss(x, x_hat):                                               # L2 rec
 
 
 def psnr(x, x_hat):
-    """Peak signal-to-noise ratio of each picture in dB, after rounding to the 8 bits that a file would hold: (b,)."""
-    to8 = lambda p: ((p.clamp(-1, 1) + 1) * 127.5).round()
-    return 10 * torch.log10(255 ** 2 / (to8(x) - to8(x_hat)).square().mean(dim=(1, 2, 3)))
+    """Peak signal-to-noise ratio of each picture in dB, (b,), between the 8 bits that files would hold."""
+    return 10 * torch.log10(255 ** 2 / (to_uint8(x).float() - to_uint8(x_hat).float()).square().mean(dim=(1, 2, 3)))
+
+
+def to_uint8(x):
+    """[-1, 1] to the 0..255 of a file."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 # ---------------------------------------------------------------- perceptual loss
@@ -100,9 +104,13 @@ class Perceptual(nn.Module):                                            # Eq. 6,
     def train(self, mode=True):
         return super().train(False)
 
+    @staticmethod
+    def unit_length(f):
+        # The package divides by sqrt(sum) + 1e-10: at an all-zero feature that is finite, but its gradient is NaN. So eps goes under the root.
+        return f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt()
+
     def features(self, x):
-        # The package divides by sqrt(sum) + 1e-10: at an all-zero feature that is finite, but its gradient is not. So eps goes under the root.
-        return [f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt() for f in self.lpips.net(self.lpips.scaling_layer(x))]
+        return [self.unit_length(f) for f in self.lpips.net(self.lpips.scaling_layer(x))]
 
     def forward(self, x, x_hat):
         with torch.no_grad():
@@ -236,13 +244,10 @@ def main(settings):
                                               settings.lambda_adv * (adversarial_loss(disc(y), settings.gan_loss) - clean).item())
                 print(f"{name:14}{strength:9.2f}" + "".join(f"{v:12.5f}" for v in row) + f"{psnr(x, y).mean():10.2f}")
             tiles += [artifact(x[:1], s) for s in STRENGTHS] + [x[:1]]
-    tiles = [((t[0].clamp(-1, 1) + 1) * 127.5).round().byte() for t in tiles[:-1]]
-    tiles = [data.resize_shorter(t, max(160, t.shape[-1]), data.InterpolationMode.NEAREST) for t in tiles]
-    sheet = data.contact_sheet(tiles, 4, titles=["original"] + [f"strength {s:g}" for s in STRENGTHS], rows=list(ARTIFACTS))
-    data.write_aside(Path(settings.run, "artifacts.png"), lambda f: sheet.save(f, "PNG"))
-    print(f"\nwrote {settings.run}/artifacts.png")
+    tiles = [to_uint8(t[0]) for t in tiles[:-1]]
+    data.save_sheet(Path(settings.run, "artifacts.png"), tiles, 4, titles=["original"] + [f"strength {s:g}" for s in STRENGTHS], rows=list(ARTIFACTS))
     return rows
 
 
 if __name__ == "__main__":
-    data.start(main, Settings, PRESETS, __doc__)
+    data.command_line(main, Settings, PRESETS, __doc__)

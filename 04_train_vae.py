@@ -5,7 +5,7 @@ Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reco
 Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 
     python 04_train_vae.py --preset small --run runs/mine
-    torchrun --nproc-per-node 8 04_train_vae.py --preset paper --run runs/mine
+    torchrun --nproc-per-node 8 -- 04_train_vae.py --preset paper --run runs/mine
 
 The same command again goes on where the last one stopped, exactly: everything random is a function of (seed, step).
 """
@@ -54,8 +54,8 @@ SHARED = {p: model.PRESETS[p] | losses.PRESETS[p] for p in model.PRESETS}
 PRESETS = {
     "paper": SHARED["paper"],
     "small": SHARED["small"] | dict(steps=60_000, batch=16, precision="bf16", ema_decay=0.999),
-    "demo": SHARED["demo"] | dict(steps=1000, batch=16, lr=1e-3, ema_decay=0.99, log_every=50, val_every=250, save_every=250,
-                                  val_pictures=48, latent_pictures=256),
+    "demo": SHARED["demo"] | dict(steps=1600, batch=4, lr=1e-3, ema_decay=0.995, log_every=100, val_every=400, save_every=400,
+                                  val_pictures=64, latent_pictures=256),
 }
 FREE = {"run", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
 
@@ -67,10 +67,11 @@ def train(s, stage, out, vae, disc, parent, resume):
     share = s.batch // world                                # pictures of each step that this process sees
     micro = share // s.accumulate                           # and of these, what is in memory at once
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
+    vae.to(memory_format=torch.channels_last)               # the layout convolutions are fastest in; values are the same
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
-    adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type == "cuda")
+    adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
     optimizer, disc_optimizer = torch.optim.Adam(trained, **adam), torch.optim.Adam(disc.parameters(), **adam)
     step = 0
     if resume:
@@ -104,7 +105,7 @@ def train(s, stage, out, vae, disc, parent, resume):
         values = {}
         for part in range(s.accumulate):
             vae_net.require_backward_grad_sync = disc_net.require_backward_grad_sync = part == s.accumulate - 1
-            x = next(loader).to(device, non_blocking=True).float() / 127.5 - 1                  # (micro, 3, crop, crop)
+            x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last).float() / 127.5 - 1   # (micro, 3, crop, crop)
             with autocast:
                 x_hat, mean, logvar = vae_net(x, noise[part].to(device, non_blocking=True))
             x_hat, mean, logvar = x_hat.float(), mean.float(), logvar.float()
@@ -169,16 +170,14 @@ def val_crops(s, device):
 @torch.no_grad()
 def validate(ema, x, perceptual, batch, picture):
     """Mean PSNR and perceptual distance of the EMA weights' reconstructions from the posterior's mean; draws the first eight."""
-    psnr, perc, shown = [], [], None
+    psnr, perc, shown = [], [], x[:0]
     for part in x.split(batch):
         x_hat = ema.decode(ema.encode(part).mean)
         psnr.append(losses.psnr(part, x_hat))
         perc.append(perceptual(part, x_hat) * len(part))
-        shown = x_hat if shown is None else torch.cat([shown, x_hat])[:8]
-    tiles = [((t.clamp(-1, 1) + 1) * 127.5).round().byte() for t in torch.cat([x[:len(shown[:8])], shown[:8]])]
-    tiles = [data.resize_shorter(t, max(120, t.shape[-1]), data.InterpolationMode.NEAREST) for t in tiles]
-    sheet = data.contact_sheet(tiles, len(tiles) // 2, rows=["original", "reconstruction"])
-    data.write_aside(picture, lambda f: sheet.save(f, "PNG"))
+        shown = torch.cat([shown, x_hat])[:8]
+    tiles = [losses.to_uint8(t) for t in torch.cat([x[:len(shown)], shown])]
+    data.save_sheet(picture, tiles, len(shown), rows=["original", "reconstruction"])
     return {"val_psnr": torch.cat(psnr).mean().item(), "val_perc": (sum(perc) / len(x)).item()}
 
 
@@ -282,4 +281,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    data.start(main, Settings, PRESETS, __doc__)
+    data.command_line(main, Settings, PRESETS, __doc__)

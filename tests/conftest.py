@@ -1,0 +1,66 @@
+"""Shared by all tests: the scripts as modules, a prepared data folder, and a runner for command lines. CPU, offline, tiny."""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data():
+    return importlib.import_module("01_data")
+
+
+@pytest.fixture(scope="session")
+def model():
+    return importlib.import_module("02_model")
+
+
+@pytest.fixture(scope="session")
+def losses():
+    return importlib.import_module("03_losses")
+
+
+@pytest.fixture(scope="session")
+def train():
+    return importlib.import_module("04_train_vae")
+
+
+@pytest.fixture(scope="session")
+def prepared(data, tmp_path_factory):
+    """A run folder with 24 scenes of shorter side 48 in data/."""
+    run = tmp_path_factory.mktemp("prepared")
+    data.main(data.Settings(run=str(run), count=24, resize=48, crop=32, val_share=0.3, workers=0))
+    return run
+
+
+@pytest.fixture
+def run(prepared, tmp_path):
+    """A fresh run folder that shares the prepared pictures."""
+    (tmp_path / "data").symlink_to(prepared / "data")
+    return tmp_path
+
+
+def command(*args, check=None, env=None, timeout=120):
+    """Run a script as a user would; returns the finished process, and fails unless its exit code is `check`."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"} | (env or {}))
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def refused(call, capsys):
+    """The one sentence with which `call` stops; it must exit with 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1]

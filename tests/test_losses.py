@@ -1,0 +1,182 @@
+"""03_losses.py: hand values, gradients that go where they should and nowhere else, LPIPS's traps, the five artifacts."""
+import math
+
+import pytest
+import torch
+from conftest import command, refused
+
+
+@pytest.fixture(scope="module")
+def perceptual(losses):
+    return losses.Perceptual("untrained")
+
+
+def networks(model, losses):
+    torch.manual_seed(0)
+    vae = model.build(model.Architecture(width=8, width_mult=(1, 2, 2, 4), res_blocks=1, groups=4, attention_levels=()))
+    return vae, losses.Discriminator(8, 2)
+
+
+def test_kl(losses):
+    """Eq. 3 by hand and against torch.distributions; mean over elements."""
+    zero = torch.zeros(2, 16, 4, 4)
+    assert losses.kl_loss(zero, zero) == 0
+    assert losses.kl_loss(zero + 2, zero).item() == pytest.approx(2.0)                       # mean^2 / 2
+    assert losses.kl_loss(zero, zero + math.log(4)).item() == pytest.approx(0.5 * (4 - 1 - math.log(4)))
+    mean, logvar = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
+    reference = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)).mean()
+    assert losses.kl_loss(mean, logvar).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_recon_and_psnr(losses):
+    x = torch.zeros(2, 3, 8, 8)
+    assert losses.recon_loss(x, x + 0.5).item() == pytest.approx(0.25)
+    y = torch.stack([torch.full((3, 8, 8), 10.0), torch.full((3, 8, 8), 20.0)]) / 127.5 - 1
+    psnr = losses.psnr(torch.full((2, 3, 8, 8), -1.0), y)
+    assert psnr.tolist() == pytest.approx([20 * math.log10(255 / 10), 20 * math.log10(255 / 20)], abs=1e-4)
+    assert losses.psnr(y, y + 1e-4).tolist() == [math.inf, math.inf]                         # the same 8 bits
+    assert losses.psnr(y + 9, y + 99).tolist() == [math.inf, math.inf]                       # clamped
+
+
+def test_adversarial_pair(losses):
+    logits = torch.tensor([[2.0, -1.0]])
+    assert losses.adversarial_loss(logits).item() == pytest.approx(-0.5)
+    sigmoid = lambda v: 1 / (1 + math.exp(-v))
+    printed = (math.log(1 - sigmoid(2.0)) + math.log(1 - sigmoid(-1.0))) / 2                 # Eq. 5 as printed
+    assert losses.adversarial_loss(logits, "log").item() == pytest.approx(printed, rel=1e-5)
+    real, fake = torch.tensor([0.5, 3.0]), torch.tensor([-0.5, -4.0])
+    assert losses.discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.25))
+    logistic = lambda values: sum(math.log(1 + math.exp(v)) for v in values) / 2
+    assert losses.discriminator_loss(real, fake, "log").item() == pytest.approx(0.5 * (logistic([-0.5, -3.0]) + logistic([-0.5, -4.0])), rel=1e-5)
+    # Why hinge is the default: where the discriminator is sure, the printed form's gradient has vanished.
+    for kind, expected in (("hinge", -1.0), ("log", -sigmoid(-8.0))):
+        sure = torch.tensor([-8.0], requires_grad=True)
+        losses.adversarial_loss(sure, kind).backward()
+        assert sure.grad.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_discriminator(losses):
+    """The known PatchGAN sizes; and each picture is judged on its own, whatever else is in the batch."""
+    base = losses.Discriminator(64, 2)
+    assert base(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 62, 62)
+    assert sum(p.numel() for p in base.parameters()) == 663_361                              # as with BatchNorm: two values a channel
+    assert sum(p.numel() for p in losses.Discriminator(64, 3).parameters()) == 2_765_633
+    x = torch.randn(4, 3, 32, 32)
+    small = losses.Discriminator(8, 2)
+    torch.testing.assert_close(small(x)[1:2], small(x[1:2]), atol=1e-6, rtol=1e-5)
+    reach = torch.zeros(1, 3, 96, 96, requires_grad=True)
+    for module in base.modules():
+        if isinstance(module, torch.nn.GroupNorm):                                           # it looks at the whole picture
+            module.forward = lambda t: t
+    base(reach)[0, 0, 12, 12].backward()
+    rows = reach.grad.abs().sum(dim=(0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == 34
+
+
+def test_total_is_the_weighted_sum(model, losses, perceptual):
+    torch.manual_seed(0)
+    x, x_hat, mean, logvar, fake = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.randn(2, 1, 6, 6)
+    s = losses.Losses()
+    assert (s.lambda_kl, s.lambda_recon, s.lambda_adv, s.lambda_perc) == (1e-4, 1.0, 0.01, 0.1)   # Table 3
+    total, terms = losses.total_loss(x, x_hat, mean, logvar, fake, perceptual, s)
+    expected = 1e-4 * losses.kl_loss(mean, logvar) + losses.recon_loss(x, x_hat) - 0.01 * fake.mean() + 0.1 * perceptual(x, x_hat)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6) and set(terms) == {"kl", "recon", "adv", "perc"}
+
+
+@pytest.mark.parametrize("term", ["kl", "recon", "adv", "perc"])
+def test_gradient_reach(model, losses, perceptual, term):
+    """Each term alone reaches every weight it should: the KL all of the encoder and none of the decoder, the others all of both."""
+    vae, disc = networks(model, losses)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    x_hat, mean, logvar = vae(x)
+    disc.requires_grad_(False)
+    _, terms = losses.total_loss(x, x_hat, mean, logvar, disc(x_hat), perceptual, losses.Losses())
+    terms[term].backward()
+    reached = {name for name, p in vae.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    encoder = {name for name, _ in vae.named_parameters() if name.startswith("encoder")}
+    # A key's bias shifts all scores of a query alike, and softmax does not see it.
+    blind = {name for name, _ in vae.named_parameters() if name.endswith("attn_1.k.bias")}
+    expected = encoder if term == "kl" else {name for name, _ in vae.named_parameters()}
+    assert reached | blind >= expected and reached <= expected
+    assert all(p.grad is None for p in [*disc.parameters(), *perceptual.parameters()])
+
+
+def test_lpips_equals_the_package(losses):
+    """Features, calibrated linear layers and sums as in lpips.LPIPS.forward; the trunk is random, the linear layers are the package's own."""
+    import lpips
+    torch.manual_seed(1)
+    package = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    ours = losses.Perceptual("untrained")
+    ours.lpips = package
+    x, y = torch.rand(3, 3, 64, 64) * 2 - 1, torch.rand(3, 3, 64, 64) * 2 - 1
+    assert ours(x, y).item() == pytest.approx(package(x, y).mean().item(), rel=1e-5) and ours(x, x) == 0
+    plain = losses.Perceptual("untrained")
+    assert plain(x, y).item() == pytest.approx(plain.lpips(x, y).mean().item(), rel=1e-5)
+
+
+def test_untrained_trunk_is_always_the_same(losses):
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    a = losses.Perceptual("untrained")
+    assert torch.equal(state, torch.random.get_rng_state())                                  # and leaves the global generator alone
+    torch.manual_seed(6)
+    b = losses.Perceptual("untrained")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_lpips_dropout_stays_off(losses):
+    import lpips
+    module = losses.Perceptual("untrained")
+    module.lpips = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    parent = torch.nn.ModuleList([module])
+    x, y = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
+    before = module(x, y)
+    parent.train()
+    assert not any(m.training for m in module.modules())
+    assert all(torch.equal(module(x, y), before) for _ in range(5))
+
+
+def test_lpips_gradient_is_finite_at_zero_features(losses):
+    """Where a feature is zero in all channels, the package's normalisation has a NaN gradient, ours is finite, and the values agree."""
+    import lpips
+    for normalise, finite in ((losses.Perceptual.unit_length, True), (lpips.normalize_tensor, False)):
+        f = torch.randn(1, 8, 4, 4)
+        f[..., 0, 0] = 0
+        f.requires_grad_()
+        normalise(f).square().sum().backward()
+        assert torch.isfinite(f.grad).all() == finite
+    torch.testing.assert_close(losses.Perceptual.unit_length(f), lpips.normalize_tensor(f))
+
+
+def test_missing_weights_are_one_sentence(losses, monkeypatch, tmp_path, capsys):
+    """Offline: where to put the file, and the flag that does without. Never another network in its place."""
+    import lpips
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(lpips.pretrained_networks.tv, "vgg16", offline)
+    sentence = refused(lambda: losses.Perceptual("vgg"), capsys)
+    assert "vgg16-397923af.pth" in sentence and str(tmp_path) in sentence and "--perceptual-net" in sentence
+
+
+def test_artifacts_grow_with_strength(losses):
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(2, 3, 16, 16) * 1.6 - 0.8, size=64, mode="bilinear")
+    for name, artifact in losses.ARTIFACTS.items():
+        assert torch.allclose(artifact(x, 0.0), x, atol=1e-6), name
+        errors = [losses.recon_loss(x, artifact(x, s)).item() for s in losses.STRENGTHS]
+        assert 1e-5 < errors[0] < errors[1] < errors[2], name
+    inner = slice(20, 44)
+    assert torch.equal(losses.border(x, 1.0)[..., inner, inner], x[..., inner, inner])
+    assert torch.equal(losses.grid(x, 1.0)[..., 1:8, 1:8], x[..., 1:8, 1:8])
+
+
+def test_script(prepared):
+    """The table has a line for each artifact and strength; each weighted term grows where it must."""
+    done = command("03_losses.py", "--run", prepared, "--crop", "48", "--steps", "5", check=0)
+    rows = [line.split() for line in done.stdout.splitlines() if " 0." in line or " 1.00 " in line]
+    rows = [r for r in rows if r[0] in ("color", "grid", "blur", "corner", "droplet")]
+    assert len(rows) == 15
+    l2 = [float(r[-4]) for r in rows]
+    assert all(a < b < c for a, b, c in zip(l2[0::3], l2[1::3], l2[2::3]))
+    assert "untrained" in done.stdout and (prepared / "artifacts.png").stat().st_size > 10_000

@@ -1,0 +1,305 @@
+"""02_model.py: sizes, shapes, the two architectural cures, equality with reference networks, and every file load_vae reads."""
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, command, refused
+
+TINY = dict(width=8, width_mult=(1, 2, 2, 4), res_blocks=1, groups=4, latent_channels=16, attention_levels=(3,))
+FLUX = dict(width_mult=(1, 2, 4, 4), attention_levels=(), padding="zeros", decoder_norm="group")
+REFERENCE = ROOT / "tests" / "reference.json"
+
+
+def tiny(model, **more):
+    torch.manual_seed(0)
+    return model.build(model.Architecture(**(TINY | more))).eval()
+
+
+@pytest.mark.parametrize("changes, parameters, tensors", [
+    ({}, 68_227_747, None),                                                                 # MoVQGAN-67M with 16 latent channels
+    (FLUX, 83_819_683, 244),                                                                # Flux and SD 3
+    (FLUX | dict(latent_channels=4, quant_conv=True), 83_653_863, 248),                      # LDM kl-f8, SD 1.x, SDXL
+    (dict(latent_channels=4, quant_conv=True, double_z=False, codebook=16384), 67_832_495, 431),  # MoVQGAN-67M itself
+])
+def test_parameter_counts(model, changes, parameters, tensors):
+    with torch.device("meta"):
+        vae = model.build(model.Architecture(**changes))
+    assert model.count(vae) == parameters
+    assert tensors in (None, len(vae.state_dict()))
+
+
+@pytest.mark.parametrize("padding", ["reflect", "zeros"])
+@pytest.mark.parametrize("norm", ["spatial", "group"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 72), (64, 48)])
+def test_shapes(model, padding, norm, size):
+    vae = tiny(model, padding=padding, decoder_norm=norm)
+    x = torch.rand(2, 3, *size) * 2 - 1
+    posterior = vae.encode(x)
+    assert posterior.mean.shape == posterior.logvar.shape == posterior.sample().shape == (2, 16, size[0] // 8, size[1] // 8)
+    assert vae.decode(posterior.mean).shape == x.shape
+    for module in vae.modules():                                        # the switch reaches every padded convolution
+        if isinstance(module, torch.nn.Conv2d) and module.padding != (0, 0):
+            assert module.padding_mode == padding
+    assert sum(isinstance(m, model.SpatialNorm) for m in vae.encoder.modules()) == 0
+    norms = [m for m in vae.decoder.modules() if isinstance(m, (model.SpatialNorm, model.GroupNorm))]
+    assert all(isinstance(m, model.SpatialNorm if norm == "spatial" else model.GroupNorm) for m in norms) and len(norms) > 20
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 36, 32), (1, 3, 32, 33), (1, 1, 32, 32), (3, 32, 32), (1, 3, 24, 64), (1, 3, 0, 0)])
+def test_other_sizes_are_a_clear_error(model, shape):
+    with pytest.raises(ValueError, match="multiples of 8 from 32 up"):
+        tiny(model).encode(torch.zeros(shape))
+
+
+def test_posterior(model):
+    mean, logvar = torch.full((1, 16, 4, 4), 2.0), torch.full((1, 16, 4, 4), 2 * torch.tensor(0.5).log())
+    posterior = model.Posterior(mean, logvar)
+    assert torch.allclose(posterior.sample(torch.ones_like(mean)), torch.tensor(2.5))
+    assert model.Posterior(mean, torch.full_like(mean, 99.0)).logvar.max() == 20
+
+
+def test_spatial_norm_equals_the_definition(model):
+    """GroupNorm(x) * y(up(z)) + b(up(z)), with the convolutions at full resolution as the papers write it; values and gradients."""
+    torch.manual_seed(0)
+    norm = model.SpatialNorm(24, model.Architecture(groups=8, latent_channels=4)).double()
+    x, z = torch.randn(2, 24, 16, 24, dtype=torch.double, requires_grad=True), torch.randn(2, 4, 4, 6, dtype=torch.double, requires_grad=True)
+    up = torch.nn.functional.interpolate(z, size=x.shape[-2:], mode="nearest")
+    naive = torch.nn.functional.group_norm(x, 8, norm.norm_layer.weight, norm.norm_layer.bias, 1e-6) * norm.conv_y(up) + norm.conv_b(up)
+    inputs = [x, z, *norm.parameters()]
+    assert torch.allclose(norm(x, z), naive, atol=1e-12)
+    weight = torch.randn_like(naive)
+    for a, b in zip(torch.autograd.grad((norm(x, z) * weight).sum(), inputs), torch.autograd.grad((naive * weight).sum(), inputs)):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_reflect_padding_cures_the_border_of_a_flat_picture(model):
+    """Sec. 5.2: on a flat picture nothing but padding can tell the border from the interior; with reflect nothing does."""
+    x = torch.full((1, 3, 64, 64), 0.3)
+    for padding, same in (("reflect", True), ("zeros", False)):
+        vae = tiny(model, padding=padding)
+        with torch.no_grad():
+            z = vae.encode(x).mean
+            x_hat = vae.decode(z)
+        assert ((z - z[..., 4:5, 4:5]).abs().max() < 1e-4) == same
+        assert ((x_hat - x_hat[..., 32:33, 32:33]).abs().max() < 1e-4) == same
+
+
+def test_receptive_field_is_what_gradients_reach(model):
+    vae = tiny(model, padding="zeros", attention_levels=())
+    for module in vae.encoder.modules():                                # without norms and attention only convolutions mix positions
+        if isinstance(module, (model.GroupNorm, model.AttnBlock)):
+            module.forward = lambda x, z=None: x
+    x = torch.randn(1, 3, 320, 320, requires_grad=True)
+    vae.encoder(x)[0, :, 20, 20].sum().backward()
+    rows = x.grad.abs().sum(dim=(0, 1, 3)).nonzero()
+    assert rows.max() - rows.min() + 1 == model.receptive_field(vae.encoder)
+
+
+# ---------------------------------------------------------------- references
+
+def formula_weights(state):
+    """The same weights anywhere, without a random generator: sines scaled by fan-in."""
+    out = {}
+    for i, key in enumerate(sorted(state)):
+        w = state[key]
+        values = torch.sin(torch.arange(w.numel(), dtype=torch.float64) * 0.7 + i).reshape(w.shape)
+        out[key] = (1 + 0.1 * values if w.ndim == 1 and key.endswith("weight") else values * (2 / w[0].numel()) ** 0.5 if w.ndim > 1 else 0.1 * values).float()
+    return out
+
+
+def formula_picture(*shape):
+    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return torch.sin(n * 0.37 + (n / 64).floor()).reshape(shape).float()
+
+
+def to_compvis(key, levels=4):
+    """A diffusers name as CompVis writes it; diffusers counts up blocks in the order they run, CompVis by resolution."""
+    for theirs, ours in (("resnets", "block"), ("attentions", "attn")):
+        key = re.sub(rf"down_blocks\.(\d+)\.{theirs}\.", rf"down.\1.{ours}.", key)
+        key = re.sub(rf"up_blocks\.(\d+)\.{theirs}\.", lambda m: f"up.{levels - 1 - int(m[1])}.{ours}.", key)
+    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample.", key)
+    key = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample.", key)
+    key = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", key).replace("mid_block.attentions.0.", "mid.attn_1.")
+    for theirs, ours in (("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm.", "norm."), ("spatial_norm.", "norm."),
+                         ("to_q.", "q."), ("to_k.", "k."), ("to_v.", "v."), ("to_out.0.", "proj_out.")):
+        key = key.replace(theirs, ours)
+    return key
+
+
+SMALL = dict(width=32, width_mult=(1, 1, 2, 2), res_blocks=1, padding="zeros")      # 32 groups: diffusers fixes them in its spatial norms
+OURS = {"kl": SMALL | dict(latent_channels=16, attention_levels=(), decoder_norm="group"),
+        "vq": SMALL | dict(latent_channels=4, quant_conv=True, double_z=False, codebook=16)}
+
+
+def reference_networks():
+    """diffusers' AutoencoderKL, and its VQModel with norm_type="spatial"."""
+    import diffusers
+    common = dict(in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 32, 64, 64))
+    down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
+    kl = diffusers.AutoencoderKL(down_block_types=(down,) * 4, up_block_types=(up,) * 4, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **common)
+    vq = diffusers.VQModel(down_block_types=(down,) * 3 + ("Attn" + down,), up_block_types=("Attn" + up,) + (up,) * 3,
+                           latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_type="spatial", **common)
+    return {"kl": kl.eval(), "vq": vq.eval()}
+
+
+def outputs(kind, encode, decode):
+    """What a network makes of the formula picture and the formula latent."""
+    with torch.no_grad():
+        return {"encoded": encode(formula_picture(1, 3, 32, 48)), "decoded": decode(formula_picture(1, OURS[kind]["latent_channels"], 4, 6))}
+
+
+def formula_network(model, kind):
+    vae = model.build(model.Architecture(**OURS[kind])).eval()
+    vae.load_state_dict(formula_weights(vae.state_dict()))
+    return vae
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_equals_the_reference(model, kind):
+    """reference.json holds what diffusers' networks gave for formula weights; `python tests/test_model.py` writes it anew."""
+    vae = formula_network(model, kind)
+    ours = outputs(kind, (lambda x: vae.encode(x).mean) if kind == "kl" else (lambda x: vae.quant_conv(vae.encoder(x))), vae.decode)
+    for name, numbers in json.loads(REFERENCE.read_text())[kind].items():
+        expected = torch.tensor(numbers).reshape(ours[name].shape)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(ours[name], expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- files
+
+def test_own_checkpoint(model, tmp_path):
+    vae, average = tiny(model), tiny(model)
+    with torch.no_grad():
+        for p in average.parameters():
+            p += 0.1
+    a = {f: list(v) if isinstance(v, tuple) else v for f, v in vars(vae.architecture).items()}
+    model.save_checkpoint(tmp_path / "vae.pt", stage="04_train_vae", architecture=a, model=vae.state_dict(), ema=average.state_dict(),
+                          latent_mean=torch.zeros(16), latent_std=torch.ones(16))
+    loaded = model.load_vae(tmp_path / "vae.pt", "cpu")
+    assert not loaded.training and loaded.architecture == vae.architecture and torch.equal(loaded.latent_std, torch.ones(16))
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), average.parameters()))
+    assert list(tmp_path.iterdir()) == [tmp_path / "vae.pt"]
+
+
+def peer_file(model, kind):
+    """(architecture, file contents) as each project lays its files out. The weights are random, not trained."""
+    ldm = TINY | FLUX | dict(latent_channels=4, quant_conv=True)
+    movq = TINY | dict(latent_channels=4, quant_conv=True, double_z=False, padding="zeros")
+    a = {"flux": TINY | FLUX, "sd3": TINY | FLUX, "kl-f8": ldm, "sd1": ldm, "sdxl": ldm, "movqgan": movq | dict(codebook=16), "kandinsky3": movq}[kind]
+    a |= dict(groups=32, width=32)                                     # published files all have 32 groups
+    state = tiny(model, **a).state_dict()
+    extra = torch.zeros(3)
+    file = {
+        "flux": lambda: state,
+        "sd3": lambda: {f"first_stage_model.{k}": w for k, w in state.items()} | {"model.diffusion_model.joint_blocks.0.x": extra},
+        "kl-f8": lambda: {"state_dict": state | {"loss.logvar": extra, "loss.discriminator.main.0.weight": extra, "model_ema.decay": extra}, "epoch": 3},
+        "sd1": lambda: {"state_dict": {f"first_stage_model.{k}": w.half() for k, w in state.items()} | {"cond_stage_model.x": extra}},
+        "sdxl": lambda: {f"first_stage_model.{k}": w for k, w in state.items()} | {"conditioner.embedders.0.x": extra},
+        "movqgan": lambda: state | {"ema_encoder.conv_inweight": extra, "loss.perceptual_loss.lin0": extra},
+        "kandinsky3": lambda: {re.sub(r"^(encoder\..*norm\w*)\.", r"\1.norm_layer.", k): w for k, w in state.items()},
+    }[kind]()
+    return state, file
+
+
+@pytest.mark.parametrize("kind, scale, shift", [("flux", 0.3611, 0.1159), ("sd3", 1.5305, 0.0609), ("kl-f8", None, None), ("sd1", 0.18215, 0.0),
+                                                ("sdxl", 0.13025, 0.0), ("movqgan", None, None), ("kandinsky3", None, None)])
+def test_peers(model, tmp_path, kind, scale, shift):
+    state, file = peer_file(model, kind)
+    path = tmp_path / ("ae.pt" if kind != "flux" else "flux_ae.pt")
+    torch.save(file, path)
+    vae = model.load_vae(path)
+    loaded = vae.state_dict()
+    tolerance = 1e-3 if kind == "sd1" else 0
+    assert loaded.keys() == state.keys() and all(torch.allclose(loaded[k], state[k], atol=tolerance, rtol=0) for k in state)
+    assert vae.architecture.padding == "zeros"
+    if scale:
+        assert torch.allclose(vae.latent_std, torch.tensor(1 / scale)) and torch.allclose(vae.latent_mean, torch.tensor(shift))
+    else:
+        assert vae.latent_mean is None
+    x = torch.rand(1, 3, 32, 40) * 2 - 1
+    z = vae.encode(x).sample()
+    assert z.shape == (1, vae.architecture.latent_channels, 4, 5) and vae.decode(z).shape == x.shape
+    if kind == "movqgan":                                              # what is decoded are codebook vectors
+        assert torch.cdist(z.movedim(1, -1).reshape(-1, 4), state["quantize.embedding.weight"]).min(1).values.max() < 1e-3
+
+
+def test_peer_may_be_named(model, tmp_path, capsys):
+    _, file = peer_file(model, "flux")
+    torch.save(file, tmp_path / "unknown.pt")
+    assert model.load_vae(tmp_path / "unknown.pt").latent_mean is None
+    assert torch.allclose(model.load_vae(tmp_path / "unknown.pt", peer="sd3").latent_std, torch.tensor(1 / 1.5305))
+    assert "sdxl" in refused(lambda: model.load_vae(tmp_path / "unknown.pt", peer="sdxl"), capsys)
+
+
+def test_safetensors(model, tmp_path, capsys):
+    """Written here by hand, byte by byte: the package is optional. Without it there is one sentence, with it the weights."""
+    state, file = peer_file(model, "flux")
+    header, blobs, at = {}, [], 0
+    for key, w in file.items():
+        blob = w.contiguous().numpy().tobytes()
+        header[key] = {"dtype": "F32", "shape": list(w.shape), "data_offsets": [at, at + len(blob)]}
+        blobs.append(blob)
+        at += len(blob)
+    head = json.dumps(header).encode()
+    (tmp_path / "ae.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + b"".join(blobs))
+    try:
+        import safetensors  # noqa: F401
+    except ImportError:
+        assert "pip install safetensors" in refused(lambda: model.load_vae(tmp_path / "ae.safetensors"), capsys)
+        return
+    loaded = model.load_vae(tmp_path / "ae.safetensors")
+    assert all(torch.equal(w, state[k]) for k, w in loaded.state_dict().items())
+    assert torch.allclose(loaded.latent_mean, torch.tensor(0.1159))
+
+
+def test_every_key_is_accounted_for(model, tmp_path, capsys):
+    state, file = peer_file(model, "flux")
+    def message(change):
+        contents = dict(file)
+        change(contents)
+        torch.save(contents, tmp_path / "x.pt")
+        return refused(lambda: model.load_vae(tmp_path / "x.pt"), capsys)
+    assert "missing: decoder.mid.block_1.conv1.bias" in message(lambda f: f.pop("decoder.mid.block_1.conv1.bias"))
+    assert "unexpected: encoder.surprise" in message(lambda f: f.update({"encoder.surprise": torch.zeros(1)}))
+    assert "another shape: decoder.conv_out.bias" in message(lambda f: f.update({"decoder.conv_out.bias": torch.zeros(4)}))
+    assert "conv_in" in message(lambda f: f.clear())
+    assert "diffusers" in message(lambda f: f.update({"encoder.down_blocks.0.resnets.0.norm1.weight": torch.zeros(1)}))
+
+
+def test_bad_files(model, tmp_path, capsys):
+    assert "run 04_train_vae.py first" in refused(lambda: model.load_vae(tmp_path / "vae.pt"), capsys)
+    (tmp_path / "vae.pt").write_bytes(b"not a checkpoint")
+    assert "cannot be read" in refused(lambda: model.load_vae(tmp_path / "vae.pt"), capsys)
+    torch.save([1, 2], tmp_path / "vae.pt")
+    assert "not a checkpoint" in refused(lambda: model.load_vae(tmp_path / "vae.pt"), capsys)
+    whole = {"stage": "07_train_dit"}
+    torch.save(whole, tmp_path / "vae.pt")
+    assert "run 04_train_vae.py first" in refused(lambda: model.read_checkpoint(tmp_path / "vae.pt", ("04_train_vae",)), capsys)
+
+
+def test_table(model):
+    """`python 02_model.py` counts what is there: rows add up to the network."""
+    done = command("02_model.py", "--preset", "demo", "--size", "64", check=0)
+    total = next(line for line in done.stdout.splitlines() if line.startswith("total"))
+    with torch.device("meta"):
+        vae = model.build(model.Settings(**model.PRESETS["demo"]))
+    rows = model.describe(vae, 64)
+    assert sum(r[2] for r in rows) == model.count(vae) and f"{model.count(vae):,}" in total
+    conv_in = rows[0]
+    assert conv_in[0] == "encoder.conv_in" and conv_in[3] == 64 * 64 * 3 * 9 * model.PRESETS["demo"]["width"]
+    assert "receptive field" in done.stdout
+
+
+if __name__ == "__main__":
+    import importlib
+    ours, numbers = importlib.import_module("02_model"), {}
+    for kind, net in reference_networks().items():
+        weights, theirs = formula_network(ours, kind).state_dict(), net.state_dict()
+        assert {to_compvis(k) for k in theirs} == set(weights)
+        net.load_state_dict({k: weights[to_compvis(k)].reshape(w.shape) for k, w in theirs.items()})
+        encode = (lambda x: net.encode(x).latent_dist.mean) if kind == "kl" else (lambda x: net.encode(x).latents)
+        decode = (lambda z: net.decode(z).sample) if kind == "kl" else (lambda z: net.decoder(net.post_quant_conv(z), z))
+        numbers[kind] = {k: [float(f"{v:.8g}") for v in t.flatten().tolist()] for k, t in outputs(kind, encode, decode).items()}
+    REFERENCE.write_text(json.dumps(numbers))
+    print(f"wrote {REFERENCE}")

@@ -1,0 +1,232 @@
+"""04_train_vae.py: exact resume after kill -9, processes and accumulation, isolation of the two players, signals, bad numbers."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, command, refused
+
+FLAGS = ["--width", "8", "--groups", "4", "--batch", "4", "--crop", "32", "--disc-width", "8", "--workers", "0", "--latent-pictures", "8",
+         "--log-every", "1", "--val-every", "4", "--val-pictures", "4", "--save-every", "2", "--lr", "1e-3"]
+
+
+def settings(train, run, **more):
+    base = dict(run=str(run), width=8, groups=4, batch=4, crop=32, disc_width=8, workers=0, latent_pictures=8, log_every=1, val_every=4,
+                val_pictures=4, save_every=2, lr=1e-3, steps=4)
+    return train.Settings(**(train.PRESETS["demo"] | base | more))
+
+
+def checkpoint(run):
+    return torch.load(run / "vae.pt", weights_only=True)
+
+
+def log(run):
+    """What 04 logged, less the one field that is a time."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "pictures_per_second"} for row in rows if row["stage"] == "04_train_vae"]
+
+
+def same(a, b, path=""):
+    """Assert that two checkpoints are equal bit for bit, whatever is nested in them; run folders aside."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a.keys() - {"run", "path", "save_every"}:
+            same(a[k], b[k], f"{path}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}[{i}]")
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+def close(a, b, tolerance):
+    for part in ("model", "ema", "disc"):
+        for name in a[part]:
+            torch.testing.assert_close(a[part][name], b[part][name], atol=tolerance, rtol=0, msg=lambda m: f"{part}.{name}: {m}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trunk(losses):
+    """The untrained trunk is the same each time; making it takes a second, so the runs inside this process share one."""
+    real, trunk = losses.Perceptual, losses.Perceptual("untrained")
+    losses.Perceptual = lambda net: trunk
+    yield
+    losses.Perceptual = real
+
+
+@pytest.fixture(scope="module")
+def whole(train, prepared, tmp_path_factory):
+    """An uninterrupted run of 8 steps."""
+    run = tmp_path_factory.mktemp("whole")
+    (run / "data").symlink_to(prepared / "data")
+    train.main(settings(train, run, steps=8))
+    return run
+
+
+def test_checkpoint_and_log(train, model, data, whole):
+    file = checkpoint(whole)
+    assert file["stage"] == "04_train_vae" and file["step"] == 8 and file["settings"]["batch"] == 4
+    assert file["parent"] == model.parent(whole / "data" / "train" / "metadata.jsonl")
+    assert file["latent_mean"].shape == file["latent_std"].shape == (16,) and (file["latent_std"] > 0).all()
+    vae = model.load_vae(whole / "vae.pt")
+    assert all(torch.equal(vae.state_dict()[k], v) for k, v in file["ema"].items())
+    assert any(not torch.equal(file["model"][k], v) for k, v in file["ema"].items())
+    rows = log(whole)
+    assert [r["step"] for r in rows] == list(range(1, 9)) and [r["step"] for r in rows if "val_psnr" in r] == [4, 8]
+    for r in rows:
+        assert r["total"] == pytest.approx(sum(v for k, v in r.items() if k.startswith("weighted_")), rel=1e-4)
+        assert r["weighted_perc"] == pytest.approx(0.1 * r["perc"]) and {"d_real", "d_fake", "disc", "grad_vae", "grad_disc"} <= r.keys()
+    from PIL import Image
+    assert Image.open(whole / "reconstructions.png").width > 400
+
+
+def test_latent_statistics(train, model, data, whole):
+    """Mean and deviation of z itself: drawing from the posteriors many times gives the same."""
+    vae, s = model.load_vae(whole / "vae.pt"), settings(train, whole)
+    crops = data.Crops(whole / "data" / "train", 32, 0)
+    x = torch.stack([crops[i] for i in range(8)]).float() / 127.5 - 1
+    torch.manual_seed(0)
+    with torch.no_grad():
+        q = vae.encode(x)
+        z = torch.stack([q.sample() for _ in range(4000)]).movedim(2, 0).flatten(1)
+    torch.testing.assert_close(z.mean(1), vae.latent_mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(z.std(1), vae.latent_std, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("workers, kills", [("0", (3, 5)), ("2", (4,))])
+def test_resume_after_kill_is_exact(run, whole, workers, kills):
+    """kill -9 at whatever moment; the same command goes on; weights, EMA, discriminator, optimizers and log equal the whole run's, bit for bit."""
+    line = [sys.executable, "04_train_vae.py", "--run", str(run), *FLAGS, "--steps", "8", "--workers", workers]
+    for lines in kills:
+        process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_text().splitlines()) < lines):
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert checkpoint(run)["step"] < 8
+    command(*line[1:], check=0)
+    same(checkpoint(run), checkpoint(whole) | {"settings": checkpoint(whole)["settings"] | {"workers": int(workers)}})
+    assert log(run) == log(whole)
+
+
+def test_longer_run_goes_on(train, run, whole):
+    """--steps may grow: 4 and then 8 steps are 8 steps."""
+    train.main(settings(train, run))
+    train.main(settings(train, run, steps=8))
+    a, b = checkpoint(run), checkpoint(whole)
+    for part in ("model", "ema", "disc", "optimizer", "disc_optimizer", "latent_mean", "latent_std"):
+        same(a[part], b[part], part)
+
+
+def test_sigterm_saves(run, whole):
+    line = [sys.executable, "04_train_vae.py", "--run", str(run), *FLAGS, "--steps", "8", "--save-every", "100"]
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (run / "log.jsonl").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "the same command goes on" in err
+    assert 0 < checkpoint(run)["step"] < 8
+    command(*line[1:], check=0)
+    same(checkpoint(run), checkpoint(whole))
+
+
+def test_contradicting_flags(train, run, capsys):
+    train.main(settings(train, run, steps=2))
+    for name, value in (("width", 16), ("lr", 2e-3), ("padding", "zeros"), ("seed", 1), ("lambda_adv", 0.1), ("batch", 8)):
+        assert f"--{name.replace('_', '-')} " in refused(lambda: train.main(settings(train, run, **{name: value})), capsys)
+    assert "beyond --steps" in refused(lambda: train.main(settings(train, run, steps=1)), capsys)
+    before = (run / "vae.pt").read_bytes()
+    train.main(settings(train, run, steps=2))
+    assert "finished" in capsys.readouterr().out and (run / "vae.pt").read_bytes() == before
+
+
+def test_changed_pictures(train, data, tmp_path, capsys):
+    data.main(data.Settings(run=str(tmp_path), count=8, resize=32, val_share=0.3, workers=0))
+    train.main(settings(train, tmp_path, steps=2))
+    data.main(data.Settings(run=str(tmp_path), count=12, resize=32, val_share=0.3, workers=0))
+    assert "has changed" in refused(lambda: train.main(settings(train, tmp_path, steps=4)), capsys)
+
+
+def test_non_finite_stops_and_keeps_the_last_good_checkpoint(train, losses, run, capsys, monkeypatch):
+    train.main(settings(train, run, steps=4))
+    good = (run / "vae.pt").read_bytes()
+    monkeypatch.setattr(losses, "recon_loss", lambda x, x_hat: (x - x_hat).square().mean() * float("inf"))
+    sentence = refused(lambda: train.main(settings(train, run, steps=8, log_every=100)), capsys)
+    assert "not finite" in sentence and "step 6" in sentence and "recon" in sentence
+    assert (run / "vae.pt").read_bytes() == good
+
+
+def test_accumulation_is_the_whole_batch(train, run, whole):
+    train.main(settings(train, run, steps=8, accumulate=4))
+    close(checkpoint(run), checkpoint(whole), 2e-3)          # 8 steps of Adam at 1e-3: 2e-3 is a quarter of what a weight can move
+    for a, b in zip(log(run)[:2], log(whole)[:2]):
+        assert all(a[k] == pytest.approx(b[k], rel=2e-3, abs=2e-4) for k in a if k != "stage")
+
+
+def test_two_processes_are_one(run, whole):
+    """torchrun with two processes (gloo), half of the batch each."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "04_train_vae.py",
+                           "--run", str(run), *FLAGS, "--steps", "8"], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    close(checkpoint(run), checkpoint(whole), 2e-3)
+    assert len(log(run)) == 8
+    for a, b in zip(log(run)[:2], log(whole)[:2]):
+        assert all(a[k] == pytest.approx(b[k], rel=2e-3, abs=2e-4) for k in a if k != "stage")
+
+
+def test_isolation(train, model, losses, run):
+    """With lr 0 for one player the other still moves; and a player's gradient does not depend on the other's loss."""
+    torch.manual_seed(0)
+    start = {k: v.clone() for k, v in model.build(settings(train, run)).state_dict().items()}
+    train.main(settings(train, run, steps=2, lambda_recon=0.0, lambda_perc=0.0, lambda_adv=0.0, lambda_kl=0.0))
+    file = checkpoint(run)
+    assert all(torch.equal(file["model"][k], v) for k, v in start.items())            # no loss of its own: the discriminator's did not reach the VAE
+    torch.manual_seed(0)
+    model.build(settings(train, run))
+    fresh = losses.Discriminator(8, 2).state_dict()
+    assert all(not torch.equal(file["disc"][k], v) for k, v in fresh.items() if k.endswith("weight"))
+    # The discriminator's first gradient is the same whatever weight its verdict has in the VAE's loss.
+    norms = {row["grad_disc"] for row in log(run) if row["step"] == 1}
+    (run / "vae.pt").unlink()
+    (run / "log.jsonl").unlink()
+    train.main(settings(train, run, steps=1, lambda_adv=10.0))
+    assert norms == {row["grad_disc"] for row in log(run)}
+
+
+def test_bf16(train, run, whole):
+    """Autocast on the CPU: weights stay FP32, losses are near the FP32 run's."""
+    train.main(settings(train, run, steps=2, precision="bf16"))
+    assert all(v.dtype == torch.float32 for v in checkpoint(run)["model"].values())
+    a, b = log(run)[0], log(whole)[0]
+    assert a["total"] == pytest.approx(b["total"], rel=0.03) and a["total"] != b["total"]
+
+
+def test_it_learns(train, run):
+    """Forty steps halve the reconstruction loss."""
+    train.main(settings(train, run, steps=40, save_every=40, val_every=40, lr=2e-3))
+    rows = log(run)
+    assert sum(r["recon"] for r in rows[-5:]) < 0.5 * sum(r["recon"] for r in rows[:5])
+
+
+def test_sentences(train, run, tmp_path_factory, capsys):
+    empty = tmp_path_factory.mktemp("empty")
+    assert "run 01_data.py first" in refused(lambda: train.main(settings(train, empty)), capsys)
+    assert "--batch 5" in refused(lambda: train.main(settings(train, run, batch=5, accumulate=2)), capsys)
+    assert "--crop 36" in refused(lambda: train.main(settings(train, run, crop=36)), capsys)
+    assert "smaller than the crop" in refused(lambda: train.main(settings(train, run, crop=64)), capsys)
+    assert "--device cuda" in refused(lambda: train.main(settings(train, run, device="cuda")), capsys) if not torch.cuda.is_available() else True
+    (run / "vae.pt").write_bytes(b"half a file")
+    assert "cannot be read" in refused(lambda: train.main(settings(train, run)), capsys)
+    assert (run / "vae.pt").read_bytes() == b"half a file"
+
+
+def test_command_line_ends_with_a_sentence(tmp_path):
+    done = command("04_train_vae.py", "--run", tmp_path, check=2)
+    assert done.stderr.count("\n") == 1 and "01_data.py" in done.stderr
