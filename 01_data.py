@@ -67,12 +67,12 @@ class Crops(Dataset):
     """
     def __init__(self, folder, crop, seed):
         self.folder, self.crop, self.seed = Path(folder), crop, seed
-        self.names = picture_names(folder)
+        self.names = picture_names(folder, crop)
 
     def __getitem__(self, n):
         rng = random.Random(f"{self.seed}/{n}")
         # not in the paper: pictures are drawn with replacement, so any step can be made again without an epoch's order
-        x = read_picture(self.folder / str(self.names[rng.randrange(len(self.names))]), self.crop)  # (3, h, w)
+        x = read_picture(self.folder / str(self.names[rng.randrange(len(self.names))]))              # (3, h, w)
         top, left = (rng.randint(0, side - self.crop) for side in x.shape[1:])
         x = x[:, top:top + self.crop, left:left + self.crop]                                         # (3, crop, crop)
         return x.flip(-1) if rng.random() < 0.5 else x.contiguous()   # not in the paper: random crop and flip
@@ -84,19 +84,18 @@ def centre_crop(x, crop):
     return x[..., top:top + crop, left:left + crop]
 
 
-def read_picture(path, at_least=1):
+def read_picture(path):
     """A prepared picture as uint8 (3, h, w)."""
-    x = F.pil_to_tensor(Image.open(path).convert("RGB"))
-    if min(x.shape[1:]) < at_least:
-        stop(f"{path} is {x.shape[2]}x{x.shape[1]}: smaller than the crop of {at_least}; run 01_data.py with a larger --resize")
-    return x
+    return F.pil_to_tensor(Image.open(path).convert("RGB"))
 
 
-def picture_names(folder):
-    """File names in metadata.jsonl, as a numpy array: workers share one copy, however many there are."""
-    path = Path(folder) / "metadata.jsonl"
-    if not path.is_file() or not path.stat().st_size:
-        stop(f"{path} is missing or empty: run 01_data.py first (a larger --val-share puts more pictures into data/val)")
+def picture_names(folder, crop):
+    """File names of RUN/data/train or val, as a numpy array: workers share one copy, however many there are."""
+    path, kept = Path(folder, "metadata.jsonl"), Path(folder).parent / "settings.json"
+    if not path.is_file() or not path.stat().st_size or not kept.is_file():
+        stop(f"{path} is missing or empty: run 01_data.py first")
+    if (resize := json.loads(kept.read_text())["resize"]) < crop:
+        stop(f"--crop {crop} is larger than the pictures in {folder}, whose shorter side is {resize}: run 01_data.py with a larger --resize first")
     return np.array(sorted(line["file_name"] for line in read_jsonl(path)))
 
 
@@ -190,7 +189,9 @@ def list_units(settings):
     root = Path(settings.images).expanduser()
     if not root.is_dir():
         stop(f"--images {settings.images}: no such folder")
-    units = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
+    own = Path(settings.run, "data").resolve()              # a run folder may lie among the pictures: what is there is not read again
+    units = [os.path.join(folder, name) for folder, _, names in os.walk(root) if not Path(folder).resolve().is_relative_to(own)
+             for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
     return units or stop(f"--images {settings.images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards in it")
 
 
@@ -277,13 +278,13 @@ def draw_scene(rng, shape, color, pattern, ground, word):
 
 # ---------------------------------------------------------------- --compare: what Sec. 5.1 says, in figures
 
-def high_frequency_energy(x):
-    """Power of a grey picture (h, w) in 0..255 above half the Nyquist frequency, in squared grey levels a pixel (Hann window)."""
+def high_frequencies(x):
+    """What a grey picture (h, w) in 0..255 has above half the Nyquist frequency (Hann window): complex, squares add up to a power a pixel."""
     h, w = x.shape
-    window = torch.hann_window(h)[:, None] * torch.hann_window(w)
-    power = torch.fft.fft2((x - x.mean()) * window).abs().square() / (h * w * window.square().sum())
+    window = (torch.hann_window(h)[:, None] * torch.hann_window(w)).to(x)
+    spectrum = torch.fft.fft2((x - x.mean()) * window) / (h * w * window.square().sum()).sqrt()
     radius = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.fftfreq(w).square()).sqrt()
-    return power[radius > 0.25].sum().item()
+    return spectrum[radius.to(x.device) > 0.25]
 
 
 def compare(settings):
@@ -300,7 +301,7 @@ def compare(settings):
             continue
         resized = [resize_shorter(full, settings.resize, how) if how else full for how in ways.values()]
         crops = [centre_crop(x, settings.crop) for x in resized]
-        energy = [high_frequency_energy(F.rgb_to_grayscale(x)[0].float()) for x in crops]
+        energy = [high_frequencies(F.rgb_to_grayscale(x)[0].float()).abs().square().sum().item() for x in crops]
         rows.append([(e, e / energy[-1], (coarse(x) - coarse(full)).square().mean().sqrt().item()) for e, x in zip(energy, resized)])
         tiles += crops
         if len(rows) == 16:

@@ -340,10 +340,10 @@ def infer_architecture(weights, path):
         data.stop(f"{path} is not an autoencoder that load_vae knows: it has no {key}")
 
 
-def read_checkpoint(path, stages=(), first="04_train_vae.py"):
-    """The dict in a checkpoint; stops with a sentence that names the script to run first if it is missing or not of `stages`."""
+def read_checkpoint(path, stages=(), remedy="run 04_train_vae.py first"):
+    """The dict in a checkpoint; stops with a sentence and a remedy if it is missing, damaged, or not one of `stages`."""
     if not Path(path).is_file():
-        data.stop(f"{path} is missing: run {first} first")
+        data.stop(f"{path} is missing: {remedy}")
     try:
         if str(path).endswith(".safetensors"):
             try:
@@ -354,9 +354,9 @@ def read_checkpoint(path, stages=(), first="04_train_vae.py"):
         else:
             file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        data.stop(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or not one of ours; run {first} again")
+        data.stop(f"{path} cannot be read ({type(error).__name__}), it is damaged or not a checkpoint: {remedy}")
     if not isinstance(file, dict) or (stages and file.get("stage") not in stages):
-        data.stop(f"{path} is not a checkpoint of {' or '.join(stages) or 'an autoencoder'}: run {first} first")
+        data.stop(f"{path} is not a checkpoint of {' or '.join(stages) or 'an autoencoder'}: {remedy}")
     return file
 
 

@@ -214,8 +214,8 @@ def main(settings):
         return data.print_settings(settings, discriminator=model.count(Discriminator(settings.disc_width, settings.disc_layers)))
     device = model.pick_device(settings.device)
     folder = Path(settings.run, "data", "val")
-    names = data.picture_names(folder)[:16]
-    x = torch.stack([data.centre_crop(data.read_picture(folder / str(n), settings.crop), settings.crop) for n in names]).to(device) / 127.5 - 1
+    names = data.picture_names(folder, settings.crop)[:16]
+    x = torch.stack([data.centre_crop(data.read_picture(folder / str(n)), settings.crop) for n in names]).to(device) / 127.5 - 1
     perceptual = Perceptual(settings.perceptual_net).to(device)
     if settings.perceptual_net == "untrained":
         print("perceptual net: untrained AlexNet (no download); its column is a feature distance, not LPIPS")

@@ -10,7 +10,7 @@ Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 The same command again goes on where the last one stopped, exactly: everything random is a function of (seed, step).
 """
 import copy, importlib, json, math, os, signal, sys, time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,8 @@ losses = importlib.import_module("03_losses")
 
 
 @dataclass(frozen=True)
-class Settings(losses.Losses, model.Architecture):
+class Training(losses.Losses):
+    """All but the architecture, so that 05 can have it too."""
     run: str = ""                      # folder that all stages share [runs/PRESET]
     crop: int = data.Settings.crop     # Sec. 5.1
     lr: float = 1e-4                   # Table 2, of both networks
@@ -38,30 +39,43 @@ class Settings(losses.Losses, model.Architecture):
     beta1: float = 0.5                 # not in the paper: Adam, of MoVQGAN; low, since the other player moves
     beta2: float = 0.9                 # not in the paper: Adam, of MoVQGAN
     clip: float = 1.0                  # not in the paper: largest gradient norm; MoVQGAN clips each value at 1.0
-    seed: int = 0                      # not in the paper
+    seed: int = 0                      # not in the paper: any; all that is random follows from it and the step
     device: str = "auto"               # not in the paper: cuda, mps or cpu
     compile: bool = False              # not in the paper: torch.compile the VAE
     workers: int = -1                  # not in the paper: loader processes; -1 is 8 beside a GPU, 0 on a CPU
-    log_every: int = 100               # not in the paper
-    val_every: int = 2_000             # not in the paper
-    save_every: int = 2_000            # not in the paper
+    log_every: int = 100               # not in the paper: steps between two lines of the log
+    val_every: int = 2_000             # not in the paper: steps between two looks at the validation pictures
+    save_every: int = 2_000            # not in the paper: steps between two checkpoints
     val_pictures: int = 256            # not in the paper: validation pictures that are looked at, at most
     latent_pictures: int = 10_000      # not in the paper: training crops that latent mean and deviation are taken over
     dry_run: bool = False              # print settings and parameter counts as JSON and stop
 
 
-SHARED = {p: model.PRESETS[p] | losses.PRESETS[p] for p in model.PRESETS}
+@dataclass(frozen=True)
+class Settings(Training, model.Architecture):
+    pass
+
+
+DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=400, save_every=400, val_pictures=64, latent_pictures=256)
+SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
-    "paper": SHARED["paper"],
-    "small": SHARED["small"] | dict(steps=60_000, batch=16, precision="bf16", ema_decay=0.999),
-    "demo": SHARED["demo"] | dict(steps=1600, batch=4, lr=1e-3, ema_decay=0.995, log_every=100, val_every=400, save_every=400,
-                                  val_pictures=64, latent_pictures=256),
+    "paper": {},
+    "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
+    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1600),
 }
 FREE = {"run", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
 
 
-def train(s, stage, out, vae, disc, parent, resume):
-    """Run the loop from `resume` (a checkpoint dict or None) to s.steps; vae is an encoder and decoder, some of it perhaps frozen."""
+def train(s, stage, out, vae, disc, parent, resume, latents=None):
+    """Train the parameters of `vae` that require a gradient, and `disc`, up to step s.steps, and leave the result in `out`.
+
+    resume: what an interrupted run left in `out`, or None. latents: (mean, std) of the latents if they are known, else they are measured.
+    """
+    if resume and resume["step"] == s.steps and resume["latent_mean"] is not None:
+        print(f"{out} is finished at step {s.steps}; more --steps go on from there")
+        return
+    if s.crop % vae.factor or s.crop < 4 * vae.factor:
+        data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(vae.parameters()).device
     share = s.batch // world                                # pictures of each step that this process sees
@@ -80,7 +94,7 @@ def train(s, stage, out, vae, disc, parent, resume):
             module.load_state_dict(resume[key])
     save = lambda mean=None, std=None: rank == 0 and model.save_checkpoint(
         out, stage=stage, step=step, settings=asdict(s), parent=parent, latent_mean=mean, latent_std=std,
-        architecture={f.name: getattr(s, f.name) for f in fields(model.Architecture)},
+        architecture=asdict(vae.architecture),
         model=vae.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
         optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict())
     vae_net, disc_net = torch.compile(vae) if s.compile else vae, disc
@@ -91,7 +105,7 @@ def train(s, stage, out, vae, disc, parent, resume):
     val = val_crops(s, device) if rank == 0 else None
     workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     positions = ([t * s.batch + rank * share + a * micro + i for i in range(micro)] for t in range(step, s.steps) for a in range(s.accumulate))
-    loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=workers, pin_memory=device.type == "cuda"))
+    loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
     stopping = catch_signals()
     bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
@@ -100,7 +114,7 @@ def train(s, stage, out, vae, disc, parent, resume):
     for step in range(step + 1, s.steps + 1):
         # Noise of the whole batch on the CPU, then this process's rows: the same on any device and number of processes.
         generator = torch.Generator().manual_seed((s.seed << 32) + step)
-        noise = torch.randn(s.batch, s.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=generator)
+        noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=generator)
         noise = noise[rank * share:(rank + 1) * share].split(micro)
         values = {}
         for part in range(s.accumulate):
@@ -155,7 +169,7 @@ def train(s, stage, out, vae, disc, parent, resume):
             raise SystemExit(128 + stop_now)
     bar.close()
     if rank == 0:
-        mean, std = latent_statistics(ema, crops, s, micro, device)
+        mean, std = latents or latent_statistics(ema, crops, s, micro, device)
         save(mean, std)
         print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to {std.max():.3f} over {len(std)} channels")
 
@@ -163,7 +177,7 @@ def train(s, stage, out, vae, disc, parent, resume):
 def val_crops(s, device):
     """The centres of the first validation pictures, (n, 3, crop, crop) in [-1, 1]."""
     folder = Path(s.run, "data", "val")
-    crops = [data.centre_crop(data.read_picture(folder / str(n), s.crop), s.crop) for n in data.picture_names(folder)[:s.val_pictures]]
+    crops = [data.centre_crop(data.read_picture(folder / str(n)), s.crop) for n in data.picture_names(folder, s.crop)[:s.val_pictures]]
     return torch.stack(crops).to(device).float() / 127.5 - 1
 
 
@@ -229,8 +243,15 @@ def catch_signals():
     return stopping
 
 
-def prepare(s, stage, out):
-    """Device, processes and what an interrupted run left: (device, checkpoint or None). Flags that contradict it are an error."""
+def ignore_signals(worker):
+    """Loader processes leave it to the main process to end: Ctrl-C reaches them too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def prepare(s, stage, out, parent):
+    """Device, processes and what an interrupted run left: (device, checkpoint or None). What contradicts it is an error."""
+    torch.manual_seed(s.seed)
     torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
     torch.set_float32_matmul_precision("highest" if s.precision == "fp32" else "high")
     device = model.pick_device(s.device)
@@ -242,10 +263,14 @@ def prepare(s, stage, out):
     world = dist.get_world_size() if dist.is_initialized() else 1
     if s.batch < 1 or s.batch % (world * s.accumulate):
         data.stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate {s.accumulate}")
+    if s.perceptual_net == "untrained" and int(os.environ.get("RANK", 0)) == 0:
+        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
     if not out.exists():
         return device, None
-    file = model.read_checkpoint(out, (stage,), f"{stage}.py with another --run")
+    file = model.read_checkpoint(out, (stage,), "take another --run, or remove it")
     data.check_settings(file["settings"], asdict(s), FREE, out)
+    if file["parent"]["sha256"] != parent["sha256"]:
+        data.stop(f"{parent['path']} has changed since {out} was begun: take another --run for what is new")
     if file["step"] > s.steps:
         data.stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
     # The log goes back to the checkpoint too: lines of steps that were lost would otherwise stand in it twice.
@@ -256,27 +281,22 @@ def prepare(s, stage, out):
     return device, file
 
 
-def main(settings):
-    s = settings
-    torch.manual_seed(s.seed)
+def print_counts(s, vae, disc):
+    data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder), decoder=model.count(vae.decoder), discriminator=model.count(disc))
+
+
+def main(s):
     if s.dry_run:
-        vae, disc = model.build(s), losses.Discriminator(s.disc_width, s.disc_layers)
-        return data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder), decoder=model.count(vae.decoder), discriminator=model.count(disc))
-    out, pictures = Path(s.run, "vae.pt"), Path(s.run, "data", "train", "metadata.jsonl")
-    data.picture_names(pictures.parent)
-    device, resume = prepare(s, "04_train_vae", out)
-    parent = model.parent(pictures)
-    if resume and resume["parent"]["sha256"] != parent["sha256"]:
-        data.stop(f"{pictures} has changed since {out} was begun: take another --run for the new pictures")
-    if resume and resume["step"] == s.steps and resume["latent_mean"] is not None:
-        print(f"{out} is finished at step {s.steps}; more --steps go on from there")
-        return out
+        with torch.device("meta"):
+            return print_counts(s, model.build(s), losses.Discriminator(s.disc_width, s.disc_layers))
+    out, pictures = Path(s.run, "vae.pt"), Path(s.run, "data", "train")
+    data.picture_names(pictures, s.crop)
+    parent = model.parent(pictures / "metadata.jsonl")
+    device, resume = prepare(s, "04_train_vae", out, parent)
     vae, disc = model.build(s).to(device), losses.Discriminator(s.disc_width, s.disc_layers).to(device)
-    if s.crop % vae.factor or s.crop < 4 * vae.factor:
-        data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
-    if s.perceptual_net == "untrained":
-        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
     train(s, "04_train_vae", out, vae, disc, parent, resume)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return out
 
 

@@ -272,4 +272,4 @@ def test_sentences(data, tmp_path, capsys):
     (tmp_path / "none" / "x.png").write_bytes(b"x")
     assert "data/train is empty" in refused(lambda: data.main(settings(data, tmp_path / "r", tmp_path / "none")), capsys)
     assert "--resize 32, now it is 40" in refused(lambda: data.main(settings(data, tmp_path / "r", tmp_path / "none", resize=40)), capsys)
-    assert "run 01_data.py first" in refused(lambda: data.picture_names(tmp_path / "nothing"), capsys)
+    assert "run 01_data.py first" in refused(lambda: data.picture_names(tmp_path / "nothing", 32), capsys)

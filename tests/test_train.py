@@ -51,6 +51,14 @@ def close(a, b, tolerance):
             torch.testing.assert_close(a[part][name], b[part][name], atol=tolerance, rtol=0, msg=lambda m: f"{part}.{name}: {m}")
 
 
+def follows(run, whole):
+    """The logs agree: to rounding at the first step, and later as far as Adam lets rounding grow."""
+    assert len(log(run)) == len(log(whole)) == 8
+    for i, (a, b) in enumerate(zip(log(run), log(whole))):
+        for k in a.keys() - {"stage"}:
+            assert a[k] == pytest.approx(b[k], rel=1e-4 if i == 0 else 5e-3, abs=1e-5 if i == 0 else 5e-3), (i, k)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_trunk(losses):
     """The untrained trunk is the same each time; making it takes a second, so the runs inside this process share one."""
@@ -124,17 +132,19 @@ def test_longer_run_goes_on(train, run, whole):
         same(a[part], b[part], part)
 
 
-def test_sigterm_saves(run, whole):
-    line = [sys.executable, "04_train_vae.py", "--run", str(run), *FLAGS, "--steps", "8", "--save-every", "100"]
-    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, "2"), (signal.SIGINT, "0")])
+def test_signals_save(run, whole, number, workers):
+    """Ctrl-C and SIGTERM, to the whole process group as a terminal and a batch system send them: saved, one sentence, and it goes on exactly."""
+    line = [sys.executable, "04_train_vae.py", "--run", str(run), *FLAGS, "--steps", "8", "--save-every", "100", "--workers", workers]
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (run / "log.jsonl").exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "the same command goes on" in err
+    assert process.returncode == 128 + number and "Traceback" not in err and "the same command goes on" in err, err
     assert 0 < checkpoint(run)["step"] < 8
     command(*line[1:], check=0)
-    same(checkpoint(run), checkpoint(whole))
+    same(checkpoint(run), checkpoint(whole) | {"settings": checkpoint(whole)["settings"] | {"workers": int(workers)}})
 
 
 def test_contradicting_flags(train, run, capsys):
@@ -166,8 +176,7 @@ def test_non_finite_stops_and_keeps_the_last_good_checkpoint(train, losses, run,
 def test_accumulation_is_the_whole_batch(train, run, whole):
     train.main(settings(train, run, steps=8, accumulate=4))
     close(checkpoint(run), checkpoint(whole), 2e-3)          # 8 steps of Adam at 1e-3: 2e-3 is a quarter of what a weight can move
-    for a, b in zip(log(run)[:2], log(whole)[:2]):
-        assert all(a[k] == pytest.approx(b[k], rel=2e-3, abs=2e-4) for k in a if k != "stage")
+    follows(run, whole)
 
 
 def test_two_processes_are_one(run, whole):
@@ -176,9 +185,7 @@ def test_two_processes_are_one(run, whole):
                            "--run", str(run), *FLAGS, "--steps", "8"], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     close(checkpoint(run), checkpoint(whole), 2e-3)
-    assert len(log(run)) == 8
-    for a, b in zip(log(run)[:2], log(whole)[:2]):
-        assert all(a[k] == pytest.approx(b[k], rel=2e-3, abs=2e-4) for k in a if k != "stage")
+    follows(run, whole)
 
 
 def test_isolation(train, model, losses, run):
@@ -189,7 +196,7 @@ def test_isolation(train, model, losses, run):
     file = checkpoint(run)
     assert all(torch.equal(file["model"][k], v) for k, v in start.items())            # no loss of its own: the discriminator's did not reach the VAE
     torch.manual_seed(0)
-    model.build(settings(train, run))
+    model.build(settings(train, run))            # as the script does: the VAE first, then the discriminator
     fresh = losses.Discriminator(8, 2).state_dict()
     assert all(not torch.equal(file["disc"][k], v) for k, v in fresh.items() if k.endswith("weight"))
     # The discriminator's first gradient is the same whatever weight its verdict has in the VAE's loss.
@@ -220,7 +227,7 @@ def test_sentences(train, run, tmp_path_factory, capsys):
     assert "run 01_data.py first" in refused(lambda: train.main(settings(train, empty)), capsys)
     assert "--batch 5" in refused(lambda: train.main(settings(train, run, batch=5, accumulate=2)), capsys)
     assert "--crop 36" in refused(lambda: train.main(settings(train, run, crop=36)), capsys)
-    assert "smaller than the crop" in refused(lambda: train.main(settings(train, run, crop=64)), capsys)
+    assert "--crop 64 is larger" in refused(lambda: train.main(settings(train, run, crop=64)), capsys)
     assert "--device cuda" in refused(lambda: train.main(settings(train, run, device="cuda")), capsys) if not torch.cuda.is_available() else True
     (run / "vae.pt").write_bytes(b"half a file")
     assert "cannot be read" in refused(lambda: train.main(settings(train, run)), capsys)
