@@ -63,7 +63,7 @@ PRESETS = {
     "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
     "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1600),
 }
-FREE = {"run", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
+FREE = {"run", "vae", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
 
 
 def train(s, stage, out, vae, disc, parent, resume, latents=None):

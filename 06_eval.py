@@ -76,12 +76,13 @@ def color_shift(x, y):
 
 
 def grid(x, y):
-    """Power of the luminance residual at the frequencies of periods 8, 4, 8/3 and 2 pixels, and at their neighbours; the reading is the ratio.
+    """Power of the luminance residual at the frequencies of periods 8, 4, 8/3 and 2 pixels, and around them in frequency; the reading is the
+    amplitude of what stands above, in grey levels (root mean square).
 
-    Sec. 4 shows it in Fig. 2c: up-sampling by 2, 4 and 8 and a discriminator's strides have these periods. A residual without a grid reads 1.
+    Sec. 4, Fig. 2c: up-sampling by 2, 4 and 8 and a discriminator's strides have these periods. Residuals without a grid are alike at neighbours.
     """
     r = (gray(y) - gray(x))[..., :x.shape[2] // 8 * 8, :x.shape[3] // 8 * 8]                                  # (b, h, w)
-    power = torch.fft.fft2(r).abs().square() / r[0].numel()
+    power = (torch.fft.fft2(r).abs() / r[0].numel()).square()
     along = lambda dim: sum(power.roll(shift, dim) for shift in (-3, -2, 2, 3)) / 4
     around = torch.maximum(along(1), along(2))                  # edges of a frame or a picture have power along one axis only
     on_grid = lambda p: p[:, ::r.shape[1] // 8, ::r.shape[2] // 8].flatten(1)[:, 1:].sum(1)                  # 63 bins, not the mean
@@ -122,7 +123,7 @@ def droplet(x, y):
 # name: (meter, reading from its means, ideal, edge of the healthy range, unit)
 METERS = {
     "color shift": (color_shift, lambda m: m.norm(), 0.0, 1.0, "delta E"),
-    "grid": (grid, lambda m: (m[0] + 6.3) / (m[1] + 6.3), 1.0, 2.0, "ratio"),      # 6.3: about what rounding to 8 bits leaves in 63 bins
+    "grid": (grid, lambda m: (m[0] - m[1]).clamp(min=0).sqrt(), 0.0, 1.0, "grey levels"),
     "blur": (blur, lambda m: m[0] / m[1].clamp(min=1e-6), 1.0, 0.9, "share kept"),
     "corner": (corner, lambda m: (m[0] + 1) / (m[1] + 1), 1.0, 2.0, "ratio"),      # 1: an error of one grey level is no artifact
     "droplet": (droplet, lambda m: m[0], 0.0, 8.0, "grey levels"),
@@ -227,27 +228,25 @@ def open_model(spec, s, device):
     def reconstruct(x):
         q = vae.encode(x)
         return vae.decode(q.sample(noise(q)) if s.sample else q.mean)
-    return str(spec), reconstruct, vae
+    return Path(spec).stem, reconstruct, vae
 
 
-def read_pictures(s):
-    """Yield (name, uint8 (3, size, size)) of the pictures to measure on: shorter side resized, centre crop. What is broken is named on stderr."""
+def read_pictures(s, skipped):
+    """Yield (name, uint8 (3, size, size)) of the pictures to measure on: shorter side resized, centre crop. What is broken goes into `skipped` with its reason."""
     own = Path(s.run, "data", "val")
     source = data.Settings(run=s.run, images=s.images or str(own), min_side=1)
     units = sorted(data.list_units(source)) if s.images else [str(own / n) for n in data.picture_names(own, 1)]
-    skipped = 0
     for name, parts in itertools.islice(data.pictures(units, source), s.pictures or None):
         try:
             x, _ = data.to_rgb(parts, source)
         except Exception as error:
-            print(f"06_eval: {name} passed over: {error}", file=sys.stderr)
-            skipped += 1
+            skipped[name] = error
             continue
         yield name, data.centre_crop(data.resize_shorter(x, s.resize or s.size), s.size)
 
 
 @torch.no_grad()
-def evaluate(spec, s, device, perceptual):
+def evaluate(spec, s, device, perceptual, skipped):
     """The row of one model, the reconstructions of the first three pictures, and the VAE itself or None."""
     name, reconstruct, vae = open_model(spec, s, device)
     if s.fid:
@@ -257,7 +256,7 @@ def evaluate(spec, s, device, perceptual):
         except Exception as error:
             data.stop(f"--fid needs pip install torchmetrics torch-fidelity, and their Inception weights ({type(error).__name__})")
     sums, partials, shown, n, began = {"psnr": 0.0, "ssim": 0.0, "lpips": 0.0}, {}, [], 0, time.time()
-    for picture, x8 in tqdm(read_pictures(s), unit="picture", desc=name[-30:], **data.BAR):
+    for picture, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
         x8 = x8[None].to(device)
         x = x8.float() / 127.5 - 1                                                                         # (1, 3, size, size)
         y8 = losses.to_uint8(reconstruct(x))
@@ -272,8 +271,6 @@ def evaluate(spec, s, device, perceptual):
         if n < 3:
             shown.append((picture, x8[0].cpu(), y8[0].cpu()))
         n += 1
-    if not n:
-        data.stop(f"no picture could be read from {s.images or Path(s.run, 'data', 'val')}: run 01_data.py first, or give --images")
     row = {"name": name, "pictures": n} | {key: value / n for key, value in sums.items()}
     row |= {key: read(partials[key] / n).item() for key, (_, read, *_) in METERS.items()}
     row |= {"corner_edges": ((partials["corner"][2] + n) / (partials["corner"][1] + n)).item(), "corner_corners": ((partials["corner"][3] + n) / (partials["corner"][1] + n)).item()}
@@ -305,14 +302,16 @@ def draw_comparison(path, results):
     for i in range(len(results[0][1])):
         x = results[0][1][i][1]
         side = max(16, x.shape[1] // 4)
-        detail = F.avg_pool2d((gray(x[None].float()) - F.avg_pool2d(gray(x[None].float())[None], 9, 1, 4)[0]).square()[None], side, side // 2)[0, 0]
+        fine = gray(x[None].float())
+        fine = (fine - F.avg_pool2d(fine, 9, 1, 4, count_include_pad=False)).square()                       # (1, size, size)
+        detail = F.avg_pool2d(fine, side, side // 2)[0]
         top, left = (int(v) * (side // 2) for v in divmod(int(detail.argmax()), detail.shape[1]))
         zoom = lambda v: F.interpolate(v[None, :, top:top + side, left:left + side].float(), size=x.shape[1:], mode="nearest")[0].byte()
         pictures = [x] + [shown[i][2] for _, shown, _ in results]
         error = lambda v: ((v.float() - x.float()) * 5 + 128).clamp(0, 255).byte()
         tiles += [*pictures, *(zoom(v) for v in pictures), *(error(v) for v in pictures)]
         labels += ["picture", "zoom", "error x 5"]
-    data.save_sheet(path, tiles, 1 + len(results), titles=["original"] + [f"{r['name'][-18:]} {r['psnr']:.1f} dB" for r, _, _ in results], rows=labels)
+    data.save_sheet(path, tiles, 1 + len(results), titles=["original"] + [f"{r['name'][:18]} {r['psnr']:.1f} dB" for r, _, _ in results], rows=labels)
 
 
 def draw_activations(path, vaes, pictures):
@@ -324,7 +323,7 @@ def draw_activations(path, vaes, pictures):
         names = [f"{layer.replace('.block', '')} {result[name][layer]:.1f}" for layer in norms]
         size = max(v.shape[0] for v in norms.values())
         tiles += [F.interpolate((v / v.median().clamp(min=1e-6) * 64).clamp(0, 255)[None, None], size=size)[0].byte().expand(3, -1, -1) for v in norms.values()]
-        rows.append(Path(name).stem[:14])
+        rows.append(name[:14])
     if len({len(v) for v in result.values()}) == 1:             # models of one depth side by side
         data.save_sheet(path, tiles, len(names), titles=names if len(result) == 1 else list(norms), rows=rows)
     return result
@@ -334,16 +333,23 @@ def draw_activations(path, vaes, pictures):
 def main(s):
     if s.dry_run:
         return data.print_settings(s)
+    if s.size < 64:
+        data.stop(f"--size {s.size} must be at least 64: the meters need an interior beside a frame of 16 pixels")
     device, run = model.pick_device(s.device), Path(s.run)
     specs = s.vae or tuple(str(run / n) for n in ("vae.pt", "vae_finetuned.pt") if (run / n).is_file()) or (str(run / "vae.pt"),)
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
     torch.backends.cudnn.allow_tf32 = False
-    results = [evaluate(spec, s, device, perceptual) for spec in specs]
+    skipped = {}
+    pictures = [x[None].to(device).float() / 127.5 - 1 for _, x in itertools.islice(read_pictures(s, skipped), 16)]
+    if not pictures:
+        data.stop(f"no picture in {s.images or run / 'data' / 'val'} could be read")
+    results = [evaluate(spec, s, device, perceptual, skipped) for spec in specs]
+    for name, error in skipped.items():
+        print(f"passed over {name}: {error}", file=sys.stderr)
     rows = [row for row, _, _ in results]
     vaes = {row["name"]: vae for row, _, vae in results if vae is not None}
-    pictures = [x[None].to(device).float() / 127.5 - 1 for _, x in itertools.islice(read_pictures(s), 16)]
     protocol = {
-        "pictures": f"{rows[0]['pictures']} from {s.images or run / 'data' / 'val'}",
+        "pictures": f"{rows[0]['pictures']} from {s.images or run / 'data' / 'val'}, {len(skipped)} passed over",
         "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, centre crop of {s.size}, 8 bits to [-1, 1]",
         "reconstruction": f"EMA weights where the file has them, posterior {'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one picture at a time",
         "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of deviation 1.5, 11 x 11, over channels",
@@ -370,7 +376,7 @@ def main(s):
         for vae in vaes.values():
             a, b = (vae.encode(x).mean for x in pictures[:2])
             tiles += [losses.to_uint8(vae.decode(torch.lerp(a, b, t / 6)))[0] for t in range(7)]
-        data.save_sheet(run / "latents.png", tiles, 7, rows=[Path(n).stem[:14] for n in vaes])
+        data.save_sheet(run / "latents.png", tiles, 7, rows=[name[:14] for name in vaes])
     print(f"wrote eval.md, eval.json, eval.png{', activations.png and latents.png' if vaes else ''} in {run}")
     return rows
 

@@ -56,7 +56,7 @@ def follows(run, whole):
     assert len(log(run)) == len(log(whole)) == 8
     for i, (a, b) in enumerate(zip(log(run), log(whole))):
         for k in a.keys() - {"stage"}:
-            assert a[k] == pytest.approx(b[k], rel=1e-4 if i == 0 else 5e-3, abs=1e-5 if i == 0 else 5e-3), (i, k)
+            assert a[k] == pytest.approx(b[k], rel=1e-4 if i == 0 else 5e-2, abs=1e-5 if i == 0 else 2e-2), (i, k)
 
 
 @pytest.fixture(scope="module", autouse=True)

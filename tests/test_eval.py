@@ -1,0 +1,180 @@
+"""06_eval.py: metrics against references, the meters against the artifacts they are for, rows of every kind of model."""
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from test_model import peer_file, tiny
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return importlib.import_module("06_eval")
+
+
+@pytest.fixture(scope="module")
+def scenes(data):
+    """Eight scenes at 256 pixels, as tensors in [-1, 1]."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    crops = [data.centre_crop(data.resize_shorter(pil_to_tensor(data.scene(0, i)[1]()), 256), 256) for i in range(8)]
+    return torch.stack(crops).float() / 127.5 - 1
+
+
+def settings(evaluation, run, **more):
+    return evaluation.Settings(**(dict(run=str(run), size=64, perceptual_net="untrained", device="cpu") | more))
+
+
+def own_file(model, path, **more):
+    vae = tiny(model, **more)
+    model.save_checkpoint(path, stage="04_train_vae", architecture=vars(vae.architecture), model=vae.state_dict(), ema=vae.state_dict(),
+                          latent_mean=torch.zeros(16), latent_std=torch.ones(16))
+    return vae
+
+
+def test_ssim_equals_the_reference(evaluation):
+    """scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255), written with scipy; itself where it is installed."""
+    from scipy.ndimage import gaussian_filter
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (48, 64, 3)).astype(float)
+    y = (x + rng.normal(0, 20, x.shape)).clip(0, 255).round()
+    values = []
+    for c in range(3):
+        a, b = x[..., c], y[..., c]
+        blur = lambda v: gaussian_filter(v, 1.5, truncate=3.5)
+        ma, mb = blur(a), blur(b)
+        va, vb, vab = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
+        s = (2 * ma * mb + 6.5025) * (2 * vab + 58.5225) / ((ma ** 2 + mb ** 2 + 6.5025) * (va + vb + 58.5225))
+        values.append(s[5:-5, 5:-5].mean())
+    to_tensor = lambda v: torch.from_numpy(v).permute(2, 0, 1)[None].byte()
+    ours = evaluation.ssim(to_tensor(x), to_tensor(y)).item()
+    assert ours == pytest.approx(np.mean(values), abs=1e-6)
+    assert evaluation.ssim(to_tensor(x), to_tensor(x)).item() == pytest.approx(1.0)
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        return
+    assert ours == pytest.approx(structural_similarity(x, y, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255), abs=1e-4)
+
+
+def test_lab(evaluation):
+    """Known CIELAB values of sRGB colours."""
+    for rgb, expected in (((255, 255, 255), (0, 0)), ((128, 128, 128), (0, 0)), ((255, 0, 0), (80.09, 67.20)), ((0, 255, 0), (-86.18, 83.18)), ((0, 0, 255), (79.19, -107.86))):
+        chroma = evaluation.lab_chroma(torch.tensor(rgb, dtype=torch.float)[None, :, None, None])
+        assert chroma.flatten().tolist() == pytest.approx(expected, abs=0.05)
+
+
+def test_a_perfect_reconstruction_is_ideal(evaluation, losses, scenes):
+    x = losses.to_uint8(scenes).float()
+    for name, reading in evaluation.read_meters(x, x).items():
+        assert evaluation.reaction(name, reading) == pytest.approx(0, abs=1e-5), name
+
+
+def test_meters_know_their_artifact(evaluation, losses, scenes):
+    """Five meters, five artifacts, three strengths: each reacts to its own at least ten times more than to any other, and grows with it."""
+    x = losses.to_uint8(scenes).float()
+    before = dict.fromkeys(evaluation.METERS, 1.0)                                          # the weakest artifact is outside the healthy range already
+    for strength in losses.STRENGTHS:
+        readings = {a: evaluation.read_meters(x, losses.to_uint8(artifact(scenes, strength)).float()) for a, artifact in losses.ARTIFACTS.items()}
+        for meter in evaluation.METERS:
+            reactions = {a: evaluation.reaction(meter, r[meter]) for a, r in readings.items()}
+            own = reactions.pop(meter)
+            assert own >= 10 * max(reactions.values()), (meter, strength, own, reactions)
+            assert own > before[meter], (meter, strength, own, before[meter])
+            before[meter] = own
+
+
+def test_meters_mean_over_pictures(evaluation, losses, scenes):
+    """Readings come from means of each picture's numbers: one at a time or together is the same."""
+    x = losses.to_uint8(scenes[:4]).float()
+    y = losses.to_uint8(losses.blur(losses.grid(scenes[:4], 0.3), 0.2)).float()
+    for meter, *_ in evaluation.METERS.values():
+        torch.testing.assert_close(meter(x, y), torch.cat([meter(x[i:i + 1], y[i:i + 1]) for i in range(4)]), atol=1e-3, rtol=1e-3)
+
+
+def test_corner_splits_edges_and_corners(evaluation):
+    x = torch.zeros(1, 3, 64, 64)
+    y = x.clone()
+    y[..., :16, :16] = 4.0
+    frame, interior, edges, corners = evaluation.corner(x, y)[0].tolist()
+    assert (interior, edges, corners) == (0, 0, 4.0) and frame == pytest.approx(16 * 256 / (64 * 64 - 32 * 32))
+
+
+def test_rows(evaluation, model, losses, data, run):
+    """Our file, every kind of peer (random weights), and the yardsticks, end to end; PSNR is the mean over pictures of the plain computation."""
+    vae = own_file(model, run / "vae.pt")
+    files = [str(run / "vae.pt")]
+    for kind in ("flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3"):
+        torch.save(peer_file(model, kind)[1], run / f"{kind}.pt")
+        files.append(str(run / f"{kind}.pt"))
+    rows = evaluation.main(settings(evaluation, run, vae=(*files, "bicubic:8", "jpeg:90")))
+    assert [r["name"] for r in rows] == ["vae", "flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3", "bicubic:8", "jpeg:90"]
+    folder = run / "data" / "val"
+    crops = [data.centre_crop(data.resize_shorter(data.read_picture(folder / str(n)), 64), 64)[None].float() / 127.5 - 1 for n in data.picture_names(folder, 32)]
+    with torch.no_grad():
+        expected = torch.cat([losses.psnr(x, vae.decode(vae.encode(x).mean)) for x in crops]).mean().item()
+    assert rows[0]["psnr"] == pytest.approx(expected, abs=1e-5) and rows[0]["pictures"] == len(crops)
+    assert rows[-1]["psnr"] > rows[-2]["psnr"] > rows[0]["psnr"]                             # jpeg:90, bicubic:8, an untrained network
+    file = json.loads((run / "eval.json").read_text())
+    assert set(file) == {"protocol", "rows"} and {"name", "psnr", "ssim", "lpips", *evaluation.METERS} <= set(file["rows"][0])
+    assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+    text = (run / "eval.md").read_text()
+    assert "not LPIPS" in text and "posterior mean" in text and "centre crop of 64" in text
+    assert all((run / f"{n}.png").stat().st_size > 3000 for n in ("eval", "latents"))
+
+
+def test_folder_of_pictures(evaluation, model, run, tmp_path_factory, capsys):
+    """--images with a broken file among them: passed over, named, and the rest is measured; --pictures limits."""
+    from PIL import Image
+    images = tmp_path_factory.mktemp("images")
+    for i in range(3):
+        Image.effect_noise((80, 60), 60).convert("RGB").save(images / f"{i}.png")
+    (images / "broken.jpg").write_bytes(b"x")
+    own_file(model, run / "vae.pt")
+    rows = evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2",)))
+    assert rows[0]["pictures"] == 3 and "passed over broken.jpg" in capsys.readouterr().err
+    assert evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2",), pictures=2))[0]["pictures"] == 2
+
+
+def test_latent_report(evaluation, model):
+    """A VAE whose posterior is known: 8 channels at the prior, 8 far from it and nearly certain."""
+    vae = tiny(model)
+    known = torch.zeros(1, 16, 4, 4)
+    known[:, :8] = torch.linspace(-3, 3, 16).reshape(4, 4)
+    logvar = torch.zeros(1, 16, 4, 4)
+    logvar[:, :8] = -10.0
+    vae.encode = lambda x: model.Posterior(known, logvar)
+    report = evaluation.latent_report(vae, [torch.zeros(1, 3, 32, 32)] * 3, seed=0)
+    assert report["active"] == 8 and report["channels"] == 16 and report["kl"][12] == pytest.approx(0, abs=1e-9)
+    assert report["posterior_share"] == pytest.approx(0.5, abs=0.01) and report["std"][12] == pytest.approx(1)
+    psnr = list(report["psnr_under_noise"].values())
+    assert list(report["psnr_under_noise"]) == ["0.0", "0.05", "0.1", "0.2", "0.3", "0.5"] and psnr[-1] < psnr[1]
+
+
+def test_activation_norms_see_a_droplet(evaluation, model):
+    """One latent position a hundred times too large shows in the layers that follow (Fig. 3), there and not elsewhere."""
+    vae = tiny(model, decoder_norm="group", attention_levels=())
+    torch.manual_seed(0)
+    z = torch.randn(1, 16, 8, 8)
+    calm = evaluation.activation_norms(vae, z)
+    z[..., 2, 5] *= 100
+    norms = evaluation.activation_norms(vae, z)
+    ratio = lambda v: (v.max() / v.median()).item()
+    assert list(norms)[0] == "conv_in" and list(norms)[-1] == "conv_out" and len(norms) == len(calm)
+    assert ratio(norms["conv_in"]) > 10 * ratio(calm["conv_in"])
+    top = int(norms["conv_in"].argmax())
+    assert abs(top // 8 - 2) <= 1 and abs(top % 8 - 5) <= 1
+
+
+def test_sentences(evaluation, model, run, tmp_path_factory, capsys):
+    own_file(model, run / "vae.pt")
+    assert "--size 36" in refused(lambda: evaluation.main(settings(evaluation, run, size=36)), capsys)
+    assert "multiple of 8" in refused(lambda: evaluation.main(settings(evaluation, run, size=68)), capsys)
+    assert "positive number" in refused(lambda: evaluation.main(settings(evaluation, run, vae=("jpeg:x",))), capsys)
+    assert "run 04_train_vae.py first" in refused(lambda: evaluation.main(settings(evaluation, run, vae=(str(run / "none.pt"),))), capsys)
+    assert "diffusers:" in refused(lambda: evaluation.main(settings(evaluation, run, vae=("diffusers:" + str(run / "nothing"),))), capsys)
+    empty = tmp_path_factory.mktemp("empty")
+    assert "no pictures" in refused(lambda: evaluation.main(settings(evaluation, run, images=str(empty))), capsys)
+    assert "run 01_data.py first" in refused(lambda: evaluation.main(settings(evaluation, empty, vae=("bicubic:8",))), capsys)
