@@ -28,7 +28,7 @@ class Settings:
     run: str = ""                 # folder that all stages share [runs/PRESET]
     images: str = "synthetic"     # a folder of pictures or .tar shards, or "synthetic"; Sec. 5.1: LAION Aesthetic HighRes
     min_side: int = 720           # Sec. 5.1: HD sources; a shorter side below this is rejected
-    min_score: float = 4.5        # Sec. 5.1: keep aesthetic scores > 4.5; a picture without a score is kept
+    min_score: float = 4.5        # Sec. 5.1: keep aesthetic scores > 4.5; not in the paper: a picture without a score is kept
     resize: int = 480             # Sec. 5.1: shorter side after the bicubic resize
     crop: int = 240               # Sec. 5.1: cropped at training time (04); here only --compare crops
     val_share: float = 0.01       # not in the paper: 1% is enough to validate on and costs little
@@ -138,7 +138,7 @@ def to_rgb(parts, settings):
             raise ValueError(f"{size[0]}x{size[1]} is more than {settings.max_pixels} pixels")
         if min(size) < settings.min_side:
             raise ValueError(f"shorter side of {size[0]}x{size[1]} is below {settings.min_side}")
-        im = ImageOps.exif_transpose(im)
+        ImageOps.exif_transpose(im, in_place=True)          # in place and without a second convert: copies cost as much as decoding
         if im.mode.startswith("I") or im.mode == "F":       # 16 or 32 bits a value, which Pillow's own conversion would clip
             values = np.asarray(im).astype(np.float32)
             top = 65535 if im.mode.startswith("I;16") else next((t for t in (1, 255, 65535) if values.max() <= t), values.max())
@@ -146,7 +146,7 @@ def to_rgb(parts, settings):
         if im.has_transparency_data:
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return F.pil_to_tensor(im.convert("RGB")), size
+        return F.pil_to_tensor(im if im.mode == "RGB" else im.convert("RGB")), size
 
 
 def describe(parts):

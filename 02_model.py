@@ -62,6 +62,7 @@ class SpatialNorm(nn.Module):
     """
     def __init__(self, channels, a):
         super().__init__()
+        # not in the paper: PyTorch's own initialisation here and everywhere in the network, and this eps, of MoVQGAN
         self.norm_layer = nn.GroupNorm(a.groups, channels, eps=1e-6)
         self.conv_y = nn.Conv2d(a.latent_channels, channels, 1)
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
@@ -113,16 +114,16 @@ class AttnBlock(nn.Module):                         # Fig. 8: single-head self-a
         return x + self.proj_out(y)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Module):                        # not in the paper: padded on the right and below only, of MoVQGAN; reflect there too
     def __init__(self, channels, a):
         super().__init__()
         self.conv, self.mode = nn.Conv2d(channels, channels, 3, stride=2), "reflect" if a.padding == "reflect" else "constant"
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1), mode=self.mode))    # padded on the right and below only, as CompVis does
+        return self.conv(F.pad(x, (0, 1, 0, 1), mode=self.mode))
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Module):                          # not in the paper: nearest neighbour, then a convolution, of MoVQGAN
     def __init__(self, channels, a):
         super().__init__()
         self.conv = conv3x3(channels, channels, a)

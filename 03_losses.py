@@ -165,6 +165,7 @@ def discriminator_loss(real, fake, kind="hinge"):
 
 def total_loss(x, x_hat, mean, logvar, fake, perceptual, s):            # Eq. 7
     """The weighted sum, and its raw terms as {"kl", "recon", "adv", "perc"}; fake are the discriminator's logits of x_hat."""
+    # not in the paper: how terms are reduced; a mean over elements for each, the only reading that fits Table 3 (see the top)
     terms = {"kl": kl_loss(mean, logvar), "recon": recon_loss(x, x_hat),
              "adv": adversarial_loss(fake, s.gan_loss), "perc": perceptual(x, x_hat)}
     return sum(getattr(s, f"lambda_{name}") * term for name, term in terms.items()), terms

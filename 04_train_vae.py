@@ -85,6 +85,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
+    # not in the paper: Adam, one for each player, of MoVQGAN
     adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
     optimizer, disc_optimizer = torch.optim.Adam(trained, **adam), torch.optim.Adam(disc.parameters(), **adam)
     step = 0

@@ -46,6 +46,7 @@ def main(s):
     source, out, pictures = Path(s.vae or Path(s.run, "vae.pt")), Path(s.run, "vae_finetuned.pt"), Path(s.run, "data", "train")
     if s.dry_run and not source.exists():                        # nothing to count yet
         return data.print_settings(s)
+    # not in the paper: it starts from the EMA weights, which are what 04 is for
     vae = freeze_encoder(model.load_vae(source, peer=s.peer or None))
     disc = losses.Discriminator(s.disc_width, s.disc_layers)
     if s.dry_run:

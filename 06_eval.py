@@ -33,6 +33,7 @@ class Settings:
     size: int = 256             # Table 1: side of the centre crop
     resize: int = 0             # not in the paper: shorter side before the crop; 0 is --size, all of the shorter side
     pictures: int = 0           # not in the paper: how many at most, in order of their names; 0 is all
+    latents: int = 16           # not in the paper: pictures for the report on latents and activations; 0 leaves it out
     sample: bool = False        # not in the paper: decode a sample of the posterior, not its mean
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"   # not in the paper: trunk of the LPIPS column
     fid: bool = False           # Sec. 5.3: rFID; needs the torchmetrics and torch-fidelity packages and their Inception weights
@@ -52,6 +53,7 @@ PRESETS = {
 
 def ssim(x, y):
     """Structural similarity of 8-bit pictures (b, 3, h, w) in 0..255: Gaussian window of deviation 1.5, 11 x 11, mean over valid positions and channels: (b,)."""
+    # not in the paper: the window, of the SSIM paper and of scikit-image's gaussian_weights
     t = torch.arange(-5, 6, dtype=torch.float64)
     g = torch.exp(-t.square() / (2 * 1.5 ** 2))
     g = (g / g.sum()).expand(3, 1, 1, 11)
@@ -120,6 +122,7 @@ def droplet(x, y):
     return (ly - shift - F.max_pool2d(lx, 19, stride=1, padding=9)).flatten(1).amax(dim=1, keepdim=True).clamp(min=0)
 
 
+# not in the paper: numbers for artifacts; the edges are our judgement
 # name: (meter, reading from its means, ideal, edge of the healthy range, unit)
 METERS = {
     "color shift": (color_shift, lambda m: m.norm(), 0.0, 1.0, "delta E"),
@@ -340,14 +343,14 @@ def main(s):
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
     torch.backends.cudnn.allow_tf32 = False
     skipped = {}
-    pictures = [x[None].to(device).float() / 127.5 - 1 for _, x in itertools.islice(read_pictures(s, skipped), 16)]
+    pictures = [x[None].to(device).float() / 127.5 - 1 for _, x in itertools.islice(read_pictures(s, skipped), max(1, s.latents))]
     if not pictures:
         data.stop(f"no picture in {s.images or run / 'data' / 'val'} could be read")
     results = [evaluate(spec, s, device, perceptual, skipped) for spec in specs]
     for name, error in skipped.items():
         print(f"passed over {name}: {error}", file=sys.stderr)
     rows = [row for row, _, _ in results]
-    vaes = {row["name"]: vae for row, _, vae in results if vae is not None}
+    vaes = {row["name"]: vae for row, _, vae in results if vae is not None and s.latents}
     protocol = {
         "pictures": f"{rows[0]['pictures']} from {s.images or run / 'data' / 'val'}, {len(skipped)} passed over",
         "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, centre crop of {s.size}, 8 bits to [-1, 1]",

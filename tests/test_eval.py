@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, refused
 from test_model import peer_file, tiny
 
 
@@ -76,14 +76,26 @@ def test_meters_know_their_artifact(evaluation, losses, scenes):
     """Five meters, five artifacts, three strengths: each reacts to its own at least ten times more than to any other, and grows with it."""
     x = losses.to_uint8(scenes).float()
     before = dict.fromkeys(evaluation.METERS, 1.0)                                          # the weakest artifact is outside the healthy range already
+    cells = {meter: {a: [] for a in losses.ARTIFACTS} for meter in evaluation.METERS}
     for strength in losses.STRENGTHS:
         readings = {a: evaluation.read_meters(x, losses.to_uint8(artifact(scenes, strength)).float()) for a, artifact in losses.ARTIFACTS.items()}
         for meter in evaluation.METERS:
             reactions = {a: evaluation.reaction(meter, r[meter]) for a, r in readings.items()}
+            for a, value in reactions.items():
+                cells[meter][a].append(f"{value:.3g}" if value >= 0.01 else "0")
             own = reactions.pop(meter)
             assert own >= 10 * max(reactions.values()), (meter, strength, own, reactions)
             assert own > before[meter], (meter, strength, own, before[meter])
             before[meter] = own
+    lines = ["| meter | " + " | ".join(losses.ARTIFACTS) + " |", "|---" * 6 + "|"]
+    lines += [f"| {meter} | " + " | ".join(" / ".join(values) for values in row.values()) + " |" for meter, row in cells.items()]
+    print("\n" + "\n".join(lines))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    numbers = lambda text: [[float(v) for v in cell.split("/")] for cell in text.split("|")[2:-1]]
+    for line in lines[2:]:                                                                  # the table in the README is this one
+        printed = next(row for row in readme.splitlines() if row.startswith(line[:line.index("|", 2)] + "|") and "/" in row and row.count("|") == 7)
+        for a, b in zip(numbers(line), numbers(printed)):
+            assert a == pytest.approx(b, rel=0.05, abs=0.02)
 
 
 def test_meters_mean_over_pictures(evaluation, losses, scenes):
