@@ -72,7 +72,7 @@ class Crops(Dataset):
     def __getitem__(self, n):
         rng = random.Random(f"{self.seed}/{n}")
         # not in the paper: pictures are drawn with replacement, so any step can be made again without an epoch's order
-        x = read_picture(self.folder / str(self.names[rng.randrange(len(self.names))]))              # (3, h, w)
+        x = read_picture(self.folder, self.names[rng.randrange(len(self.names))])                    # (3, h, w)
         top, left = (rng.randint(0, side - self.crop) for side in x.shape[1:])
         x = x[:, top:top + self.crop, left:left + self.crop]                                         # (3, crop, crop)
         return x.flip(-1) if rng.random() < 0.5 else x.contiguous()   # not in the paper: random crop and flip
@@ -84,19 +84,19 @@ def centre_crop(x, crop):
     return x[..., top:top + crop, left:left + crop]
 
 
-def read_picture(path):
+def read_picture(folder, name):
     """A prepared picture as uint8 (3, h, w)."""
-    return F.pil_to_tensor(Image.open(path).convert("RGB"))
+    return F.pil_to_tensor(Image.open(Path(folder, os.fsdecode(name))).convert("RGB"))
 
 
 def picture_names(folder, crop):
-    """File names of RUN/data/train or val, as a numpy array: workers share one copy, however many there are."""
+    """File names (bytes) of RUN/data/train or val, as a numpy array: workers share one copy, however many there are."""
     path, kept = Path(folder, "metadata.jsonl"), Path(folder).parent / "settings.json"
     if not path.is_file() or not path.stat().st_size or not kept.is_file():
         stop(f"{path} is missing or empty: run 01_data.py first")
     if (resize := json.loads(kept.read_text())["resize"]) < crop:
         stop(f"--crop {crop} is larger than the pictures in {folder}, whose shorter side is {resize}: run 01_data.py with a larger --resize first")
-    return np.array(sorted(line["file_name"] for line in read_jsonl(path)))
+    return np.array(sorted(os.fsencode(line["file_name"]) for line in read_jsonl(path)))
 
 
 # ---------------------------------------------------------------- one picture in, one picture out
@@ -121,7 +121,7 @@ def prepare(name, parts, settings):
         write_aside(Path(settings.run, "data", split, file_name), lambda f: F.to_pil_image(x).save(f, "WEBP", lossless=True, quality=0, method=0))
         record |= dict(split=split, file_name=file_name, text=caption, score=score, original_width=width, original_height=height)
     except Exception as error:                              # one bad file among a million never stops the run
-        text = re.sub(r" <_io.*>", "", str(error))                   # addresses in memory help nobody
+        text = re.sub(r" <_io.*>", "", str(error))          # addresses in memory help nobody
         record["reason"] = text if type(error) is ValueError else f"{type(error).__name__}: {text}"
     return record
 
@@ -190,7 +190,7 @@ def list_units(settings):
     if not root.is_dir():
         stop(f"--images {settings.images}: no such folder")
     own = Path(settings.run, "data").resolve()              # a run folder may lie among the pictures: what is there is not read again
-    units = [os.path.join(folder, name) for folder, _, names in os.walk(root) if not Path(folder).resolve().is_relative_to(own)
+    units = [os.path.join(folder, name) for folder, _, names in os.walk(root) if not (settings.run and Path(folder).resolve().is_relative_to(own))
              for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
     return units or stop(f"--images {settings.images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards in it")
 

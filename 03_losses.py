@@ -216,7 +216,7 @@ def main(settings):
     device = model.pick_device(settings.device)
     folder = Path(settings.run, "data", "val")
     names = data.picture_names(folder, settings.crop)[:16]
-    x = torch.stack([data.centre_crop(data.read_picture(folder / str(n)), settings.crop) for n in names]).to(device) / 127.5 - 1
+    x = torch.stack([data.centre_crop(data.read_picture(folder, n), settings.crop) for n in names]).to(device) / 127.5 - 1
     perceptual = Perceptual(settings.perceptual_net).to(device)
     if settings.perceptual_net == "untrained":
         print("perceptual net: untrained AlexNet (no download); its column is a feature distance, not LPIPS")

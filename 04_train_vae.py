@@ -61,7 +61,7 @@ SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
     "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
-    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1600),
+    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1800),
 }
 FREE = {"run", "vae", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
 
@@ -94,8 +94,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
         for module, key in ((vae, "model"), (ema, "ema"), (disc, "disc"), (optimizer, "optimizer"), (disc_optimizer, "disc_optimizer")):
             module.load_state_dict(resume[key])
     save = lambda mean=None, std=None: rank == 0 and model.save_checkpoint(
-        out, stage=stage, step=step, settings=asdict(s), parent=parent, latent_mean=mean, latent_std=std,
-        architecture=asdict(vae.architecture),
+        out, stage=stage, step=step, settings=asdict(s), architecture=asdict(vae.architecture), parent=parent, latent_mean=mean, latent_std=std,
         model=vae.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
         optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict())
     vae_net, disc_net = torch.compile(vae) if s.compile else vae, disc
@@ -146,13 +145,14 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
         bar.update()
 
         last, stop_now = step == s.steps, stopping(device)
-        saving = step % s.save_every == 0 or last or stop_now
-        if saving or step % s.log_every == 0:
+        saving, logging = step % s.save_every == 0 or last or stop_now, step % s.log_every == 0 or step % s.val_every == 0 or last
+        if saving or logging:
             values = gather(values, world)
             if not all(math.isfinite(v) for v in values.values()):
+                bar.close()
                 wrong = ", ".join(name for name, v in values.items() if not math.isfinite(v))
                 data.stop(f"step {step}: {wrong} not finite; {out} still holds the last good step: lower --lr or --clip, or use --precision fp32")
-        if step % s.log_every == 0 or last:
+        if logging:
             rate = (step - since) * s.batch / (time.time() - clock)
             weighted = {f"weighted_{k}": values[k] * w for k, w in dict(kl=s.lambda_kl, recon=s.lambda_recon, adv=s.lambda_adv, perc=s.lambda_perc).items()}
             entry = dict(stage=stage, step=step) | values | weighted | dict(pictures_per_second=rate)
@@ -178,7 +178,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
 def val_crops(s, device):
     """The centres of the first validation pictures, (n, 3, crop, crop) in [-1, 1]."""
     folder = Path(s.run, "data", "val")
-    crops = [data.centre_crop(data.read_picture(folder / str(n)), s.crop) for n in data.picture_names(folder, s.crop)[:s.val_pictures]]
+    crops = [data.centre_crop(data.read_picture(folder, n), s.crop) for n in data.picture_names(folder, s.crop)[:s.val_pictures]]
     return torch.stack(crops).to(device).float() / 127.5 - 1
 
 

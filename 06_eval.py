@@ -9,7 +9,7 @@ Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
 
 One picture at a time: the result cannot depend on a batch size, and memory does not grow with their number.
 """
-import importlib, io, itertools, json, resource, sys, time
+import importlib, io, itertools, json, os, resource, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -231,14 +231,15 @@ def open_model(spec, s, device):
     def reconstruct(x):
         q = vae.encode(x)
         return vae.decode(q.sample(noise(q)) if s.sample else q.mean)
-    return Path(spec).stem, reconstruct, vae
+    alone = sum(Path(v).stem == Path(spec).stem for v in s.vae) < 2
+    return Path(spec).stem if alone else spec, reconstruct, vae
 
 
 def read_pictures(s, skipped):
     """Yield (name, uint8 (3, size, size)) of the pictures to measure on: shorter side resized, centre crop. What is broken goes into `skipped` with its reason."""
     own = Path(s.run, "data", "val")
-    source = data.Settings(run=s.run, images=s.images or str(own), min_side=1)
-    units = sorted(data.list_units(source)) if s.images else [str(own / n) for n in data.picture_names(own, 1)]
+    source = data.Settings(images=s.images or str(own), min_side=1)
+    units = sorted(data.list_units(source)) if s.images else [str(own / os.fsdecode(n)) for n in data.picture_names(own, 1)]
     for name, parts in itertools.islice(data.pictures(units, source), s.pictures or None):
         try:
             x, _ = data.to_rgb(parts, source)
@@ -280,7 +281,7 @@ def evaluate(spec, s, device, perceptual, skipped):
     if s.fid:
         row["rfid"] = fid.compute().item()
     row["seconds_a_picture"] = (time.time() - began) / n
-    row["peak_memory_gib"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+    row["peak_memory_gib"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
     return row, shown, vae
 
 

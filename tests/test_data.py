@@ -144,7 +144,7 @@ def test_stored_pictures_are_lossless(data, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "in" / "n.png")
     record = data.prepare("n.png", {"picture": (tmp_path / "in" / "n.png").read_bytes}, settings(data, tmp_path, tmp_path))
-    x = data.read_picture(tmp_path / "data" / record["split"] / record["file_name"])
+    x = data.read_picture(tmp_path / "data" / record["split"], record["file_name"])
     assert torch.equal(x, data.resize_shorter(torch.from_numpy(noise).permute(2, 0, 1), 32))
 
 
@@ -169,6 +169,15 @@ def test_resume_does_only_what_is_missing(data, tmp_path):
     assert all(after[k]["file_name"] == r["file_name"] and after[k]["path"] == r["path"] for k, r in before.items())
     assert {k for k, r in before.items() if after[k]["path"].stat().st_mtime_ns != stamps[k]} == {lost}
     assert not list(run.rglob("*.tmp"))
+
+
+def test_a_run_folder_among_the_pictures(data, tmp_path):
+    """What a run wrote is not read again as its input; another script may be pointed at it."""
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture(), "PNG"))
+    first = data.main(settings(data, tmp_path / "run", tmp_path))
+    assert data.main(settings(data, tmp_path / "run", tmp_path)) == first and sum(first.values()) == 8
+    assert len(data.list_units(data.Settings(images=str(tmp_path / "run" / "data" / "train")))) == first["train"]
 
 
 def test_split_depends_on_the_name_alone(data, tmp_path):
@@ -232,7 +241,7 @@ def test_crops_are_a_function_of_seed_and_position(data, prepared):
     loader = torch.utils.data.DataLoader(crops, batch_sampler=[list(range(20)), list(range(20, 40))], num_workers=2)
     assert torch.equal(torch.cat(list(loader)), torch.stack(first))
     # Every crop is a window of some picture, and some are flipped.
-    whole = [data.read_picture(folder / n) for n in crops.names]
+    whole = [data.read_picture(folder, n) for n in crops.names]
     windows = lambda x: x.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
     inside = lambda c: any((windows(x) == c).flatten(1).all(1).any() for x in whole)
     plain, flipped = [inside(c) for c in first[:10]], [inside(c.flip(-1)) for c in first[:10]]

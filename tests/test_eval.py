@@ -121,10 +121,10 @@ def test_rows(evaluation, model, losses, data, run):
     for kind in ("flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3"):
         torch.save(peer_file(model, kind)[1], run / f"{kind}.pt")
         files.append(str(run / f"{kind}.pt"))
-    rows = evaluation.main(settings(evaluation, run, vae=(*files, "bicubic:8", "jpeg:90")))
+    rows = evaluation.main(settings(evaluation, run, vae=(*files, "bicubic:8", "jpeg:90"), latents=2))
     assert [r["name"] for r in rows] == ["vae", "flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3", "bicubic:8", "jpeg:90"]
     folder = run / "data" / "val"
-    crops = [data.centre_crop(data.resize_shorter(data.read_picture(folder / str(n)), 64), 64)[None].float() / 127.5 - 1 for n in data.picture_names(folder, 32)]
+    crops = [data.centre_crop(data.resize_shorter(data.read_picture(folder, n), 64), 64)[None].float() / 127.5 - 1 for n in data.picture_names(folder, 32)]
     with torch.no_grad():
         expected = torch.cat([losses.psnr(x, vae.decode(vae.encode(x).mean)) for x in crops]).mean().item()
     assert rows[0]["psnr"] == pytest.approx(expected, abs=1e-5) and rows[0]["pictures"] == len(crops)

@@ -28,17 +28,25 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("script, rest", sorted(set(commands())))
-def test_readme_commands_parse(script, rest, tmp_path):
-    """Each with --dry-run: exit code 0, JSON, and nothing written."""
+def test_readme_commands_parse(script, rest, tmp_path, capsys):
+    """Each with --dry-run, as its command line would read it: JSON, and nothing written."""
     flags = shlex.split(rest)
     if "--run" not in flags:
         flags += ["--run", str(tmp_path / "run")]
-    done = command(script, *flags, "--dry-run", check=0)
-    assert json.loads(done.stdout)["run"] and not list(tmp_path.iterdir())
+    module = importlib.import_module(script[:-3])
+    module.main(importlib.import_module("01_data").parse_cli(module.Settings, module.PRESETS, "", flags + ["--dry-run"]))
+    assert json.loads(capsys.readouterr().out)["run"] and not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path):
+    """The real thing once: a process, JSON on stdout, exit code 0, nothing written; and a typo is a sentence and exit code 2."""
+    done = command("04_train_vae.py", "--preset", "paper", "--run", tmp_path / "run", "--dry-run", check=0)
+    assert json.loads(done.stdout)["parameters"] == 68_227_747 and not list(tmp_path.iterdir())
+    assert "--lrr" in command("04_train_vae.py", "--lrr", "1", check=2).stderr
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_script_head(path):
+def test_script_head(path, capsys):
     """Docstring with stage, reads, writes, paper and a command; imports from smaller numbers only; importing only defines things."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
@@ -47,8 +55,11 @@ def test_script_head(path):
     assert all(int(n) < int(path.name[:2]) for n in re.findall(r'import_module\("(\d\d)_', source))
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.If, ast.Expr)
     assert all(isinstance(node, allowed) for node in tree.body)
-    done = command(path, "--help", check=0)
-    assert doc.splitlines()[0] in done.stdout and "--dry-run" in done.stdout and "--preset" in done.stdout
+    module = importlib.import_module(path.stem)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("01_data").parse_cli(module.Settings, module.PRESETS, module.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and doc.splitlines()[0] in shown and "--dry-run" in shown and "--preset" in shown
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
