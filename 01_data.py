@@ -350,6 +350,8 @@ def main(settings):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     done = {line["source"] for path in files.values() for line in read_jsonl(path, mend=True)}
+    for stale in root.rglob(".*.tmp"):                      # of a run that was killed while it wrote
+        stale.unlink()
     workers = os.cpu_count() if settings.workers < 0 else settings.workers
     loader = DataLoader(Source(units, settings, done), batch_size=None, num_workers=workers, prefetch_factor=16 if workers else None)
     total = None if any(str(u).endswith(".tar") for u in units) else max(0, len(units) - len(done))

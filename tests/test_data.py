@@ -161,6 +161,7 @@ def test_resume_does_only_what_is_missing(data, tmp_path):
     cut = run / "data" / "train" / "metadata.jsonl"
     lost = lines(cut)[-1]["source"]
     os.truncate(cut, cut.stat().st_size - 9)
+    (cut.parent / ".half.webp.123.tmp").write_bytes(b"left by a killed process")
     for i in range(12, 20):
         (images / f"{i}.png").write_bytes(encoded(picture(), "PNG"))
     data.main(settings(data, run, images))
