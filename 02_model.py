@@ -232,9 +232,12 @@ class VAE(nn.Module):
         if a.codebook:
             self.quantize = nn.ModuleDict({"embedding": nn.Embedding(a.codebook, k)})
 
+    def takes(self, *sides):
+        """Whether pictures of these sides in pixels can be encoded: the latent is whole, and large enough to be reflected."""
+        return all(side % self.factor == 0 and side >= 4 * self.factor for side in sides)
+
     def encode(self, x):
-        h, w = x.shape[-2:]
-        if x.ndim != 4 or x.shape[1] != 3 or h % self.factor or w % self.factor or min(h, w) < 4 * self.factor:
+        if x.ndim != 4 or x.shape[1] != 3 or not self.takes(*x.shape[2:]):
             raise ValueError(f"pictures must be (b, 3, h, w) with h and w multiples of {self.factor} from {4 * self.factor} up, not {tuple(x.shape)}")
         moments = self.encoder(x)                                               # (b, 2k, h/f, w/f)
         if self.architecture.quant_conv:

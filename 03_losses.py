@@ -74,6 +74,11 @@ def psnr(x, x_hat):
     return 10 * torch.log10(255 ** 2 / (to_uint8(x).float() - to_uint8(x_hat).float()).square().mean(dim=(1, 2, 3)))
 
 
+def from_uint8(x):
+    """0..255 to [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
 def to_uint8(x):
     """[-1, 1] to the 0..255 of a file."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -214,9 +219,7 @@ def main(settings):
     if settings.dry_run:
         return data.print_settings(settings, discriminator=model.count(Discriminator(settings.disc_width, settings.disc_layers)))
     device = model.pick_device(settings.device)
-    folder = Path(settings.run, "data", "val")
-    names = data.picture_names(folder, settings.crop)[:16]
-    x = torch.stack([data.centre_crop(data.read_picture(folder, n), settings.crop) for n in names]).to(device) / 127.5 - 1
+    x = from_uint8(data.val_crops(settings.run, settings.crop, 16).to(device))
     perceptual = Perceptual(settings.perceptual_net).to(device)
     if settings.perceptual_net == "untrained":
         print("perceptual net: untrained AlexNet (no download); its column is a feature distance, not LPIPS")

@@ -74,7 +74,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
     if resume and resume["step"] == s.steps and resume["latent_mean"] is not None:
         print(f"{out} is finished at step {s.steps}; more --steps go on from there")
         return
-    if s.crop % vae.factor or s.crop < 4 * vae.factor:
+    if not vae.takes(s.crop):
         data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(vae.parameters()).device
@@ -102,7 +102,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
         vae_net, disc_net = DistributedDataParallel(vae_net), DistributedDataParallel(disc_net)
 
     crops = data.Crops(Path(s.run, "data", "train"), s.crop, s.seed)
-    val = val_crops(s, device) if rank == 0 else None
+    val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device)) if rank == 0 else None
     workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     positions = ([t * s.batch + rank * share + a * micro + i for i in range(micro)] for t in range(step, s.steps) for a in range(s.accumulate))
     loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
@@ -119,7 +119,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
         values = {}
         for part in range(s.accumulate):
             vae_net.require_backward_grad_sync = disc_net.require_backward_grad_sync = part == s.accumulate - 1
-            x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last).float() / 127.5 - 1   # (micro, 3, crop, crop)
+            x = losses.from_uint8(next(loader).to(device, non_blocking=True, memory_format=torch.channels_last))   # (micro, 3, crop, crop)
             with autocast:
                 x_hat, mean, logvar = vae_net(x, noise[part].to(device, non_blocking=True))
             x_hat, mean, logvar = x_hat.float(), mean.float(), logvar.float()
@@ -175,13 +175,6 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
         print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to {std.max():.3f} over {len(std)} channels")
 
 
-def val_crops(s, device):
-    """The centres of the first validation pictures, (n, 3, crop, crop) in [-1, 1]."""
-    folder = Path(s.run, "data", "val")
-    crops = [data.centre_crop(data.read_picture(folder, n), s.crop) for n in data.picture_names(folder, s.crop)[:s.val_pictures]]
-    return torch.stack(crops).to(device).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def validate(ema, x, perceptual, batch, picture):
     """Mean PSNR and perceptual distance of the EMA weights' reconstructions from the posterior's mean; draws the first eight."""
@@ -201,7 +194,7 @@ def latent_statistics(vae, crops, s, batch, device):
     """Mean and standard deviation of each latent channel, (k,), of z drawn from the posteriors of training crops."""
     n, sums, squares = 0, 0, 0
     for i in tqdm(range(0, s.latent_pictures, batch), unit="batch", desc="latents", **data.BAR):
-        x = torch.stack([crops[j] for j in range(i, min(i + batch, s.latent_pictures))]).to(device).float() / 127.5 - 1
+        x = losses.from_uint8(torch.stack([crops[j] for j in range(i, min(i + batch, s.latent_pictures))]).to(device))
         q = vae.encode(x)
         mean, var = (t.cpu().double() for t in (q.mean, q.logvar.exp()))                # (b, k, h/f, w/f)
         n += mean[:, 0].numel()

@@ -206,7 +206,7 @@ def open_model(spec, s, device):
     if kind == "jpeg":
         def reconstruct(x):
             to_pil_image(losses.to_uint8(x[0]).cpu()).save(file := io.BytesIO(), "JPEG", quality=int(rest))
-            return pil_to_tensor(Image.open(file)).to(x)[None] / 127.5 - 1
+            return losses.from_uint8(pil_to_tensor(Image.open(file)).to(x)[None])
         return spec, reconstruct, None
     noise = lambda q: torch.randn(q.mean.shape, generator=torch.Generator().manual_seed(s.seed)).to(device)
     if kind == "diffusers":
@@ -226,7 +226,7 @@ def open_model(spec, s, device):
             return net.decode(z + q.std * noise(q) if s.sample and hasattr(q, "std") else z).sample
         return name.rstrip("/").rsplit("/", 1)[-1], reconstruct, None
     vae = model.load_vae(spec, device)
-    if s.size % vae.factor or s.size < 4 * vae.factor:
+    if not vae.takes(s.size):
         data.stop(f"--size {s.size} must be a multiple of {vae.factor}, from {4 * vae.factor} up, for {spec}")
     def reconstruct(x):
         q = vae.encode(x)
@@ -262,9 +262,9 @@ def evaluate(spec, s, device, perceptual, skipped):
     sums, partials, shown, n, began = {"psnr": 0.0, "ssim": 0.0, "lpips": 0.0}, {}, [], 0, time.time()
     for picture, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
         x8 = x8[None].to(device)
-        x = x8.float() / 127.5 - 1                                                                         # (1, 3, size, size)
+        x = losses.from_uint8(x8)                                                                          # (1, 3, size, size)
         y8 = losses.to_uint8(reconstruct(x))
-        y = y8.float() / 127.5 - 1
+        y = losses.from_uint8(y8)
         for key, value in (("psnr", losses.psnr(x, y)), ("ssim", ssim(x8, y8)), ("lpips", perceptual(x, y))):
             sums[key] += value.mean().item()
         for key, (meter, *_) in METERS.items():
@@ -319,7 +319,7 @@ def draw_comparison(path, results):
 
 
 def draw_activations(path, vaes, pictures):
-    """Fig. 3: norms over channels after each block of the decoder, dark to bright, scaled by their median; prints the largest ratio."""
+    """Fig. 3: norms over channels after each block of the decoder, dark to bright, scaled by their median; returns {model: {layer: largest over median}}."""
     tiles, rows, result, names = [], [], {}, []
     for name, vae in vaes.items():
         norms = activation_norms(vae, vae.encode(pictures[0]).mean)
@@ -328,8 +328,11 @@ def draw_activations(path, vaes, pictures):
         size = max(v.shape[0] for v in norms.values())
         tiles += [F.interpolate((v / v.median().clamp(min=1e-6) * 64).clamp(0, 255)[None, None], size=size)[0].byte().expand(3, -1, -1) for v in norms.values()]
         rows.append(name[:14])
-    if len({len(v) for v in result.values()}) == 1:             # models of one depth side by side
+    if len({len(v) for v in result.values()}) == 1:             # only models of one depth fit side by side
         data.save_sheet(path, tiles, len(names), titles=names if len(result) == 1 else list(norms), rows=rows)
+        print(f"wrote {path.name}")
+    else:
+        print(f"{path.name} is not drawn: these decoders have different numbers of layers")
     return result
 
 
@@ -344,7 +347,7 @@ def main(s):
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
     torch.backends.cudnn.allow_tf32 = False
     skipped = {}
-    pictures = [x[None].to(device).float() / 127.5 - 1 for _, x in itertools.islice(read_pictures(s, skipped), max(1, s.latents))]
+    pictures = [losses.from_uint8(x[None].to(device)) for _, x in itertools.islice(read_pictures(s, skipped), max(1, s.latents))]
     if not pictures:
         data.stop(f"no picture in {s.images or run / 'data' / 'val'} could be read")
     results = [evaluate(spec, s, device, perceptual, skipped) for spec in specs]
@@ -359,6 +362,7 @@ def main(s):
         "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of deviation 1.5, 11 x 11, over channels",
         "lpips": "untrained features (not LPIPS)" if s.perceptual_net == "untrained" else f"LPIPS ({s.perceptual_net})",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type}
+    written = ["eval.md", "eval.json", "eval.png"]
     for name, activations in draw_activations(run / "activations.png", vaes, pictures).items() if vaes else ():
         row = next(r for r in rows if r["name"] == name)
         row["activation_max_over_median"] = activations
@@ -381,7 +385,8 @@ def main(s):
             a, b = (vae.encode(x).mean for x in pictures[:2])
             tiles += [losses.to_uint8(vae.decode(torch.lerp(a, b, t / 6)))[0] for t in range(7)]
         data.save_sheet(run / "latents.png", tiles, 7, rows=[name[:14] for name in vaes])
-    print(f"wrote eval.md, eval.json, eval.png{', activations.png and latents.png' if vaes else ''} in {run}")
+        written.append("latents.png")
+    print(f"wrote {', '.join(written)} in {run}")
     return rows
 
 
