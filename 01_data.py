@@ -10,7 +10,7 @@ Paper   Sec. 5.1 (data selection, resize, then crop).
 
 Run it again and it does only what is missing.
 """
-import argparse, collections, hashlib, inspect, io, itertools, json, math, os, random, re, sys, tarfile, time, typing, warnings
+import argparse, collections, hashlib, inspect, io, itertools, json, math, os, random, re, sys, tarfile, textwrap, time, typing, warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def picture_names(folder, crop):
     if not path.is_file() or not path.stat().st_size or not kept.is_file():
         stop(f"{path} is missing or empty: run 01_data.py first")
     if (resize := json.loads(kept.read_text())["resize"]) < crop:
-        stop(f"--crop {crop} is larger than the pictures in {folder}, whose shorter side is {resize}: run 01_data.py with a larger --resize first")
+        stop(f"a side of {crop} is larger than the pictures in {folder}, whose shorter side is {resize}: run 01_data.py with a larger --resize first")
     return np.array(sorted(os.fsencode(line["file_name"]) for line in read_jsonl(path)))
 
 
@@ -322,14 +322,18 @@ def compare(settings):
     return result
 
 
-def save_sheet(path, tiles, columns, titles=(), rows=()):
-    """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified, a title over each column and a label beside each row."""
+def save_sheet(path, tiles, columns, titles=(), rows=(), captions=()):
+    """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified; a title over each column, a label beside each row, a caption under each picture."""
     tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), InterpolationMode.NEAREST) for t in tiles]
-    (h, w), left, top = tiles[0].shape[1:], 120 if rows else 0, 22 if titles else 0
+    (th, w), left, top = tiles[0].shape[1:], 120 if rows else 0, 22 if titles else 0
+    h = th + (54 if captions else 0)
     sheet = Image.new("RGB", (left + columns * (w + 4), top + -(-len(tiles) // columns) * (h + 4)), "white")
+    d, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, tile in enumerate(tiles):
         sheet.paste(F.to_pil_image(tile), (left + i % columns * (w + 4), top + i // columns * (h + 4)))
-    d, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, text in enumerate(captions):
+        lines = textwrap.wrap(text, w // 8, max_lines=3, placeholder=" ...")
+        d.multiline_text((left + i % columns * (w + 4) + 2, top + i // columns * (h + 4) + th + 1), "\n".join(lines), "black", font, spacing=2)
     for i, title in enumerate(titles):
         d.text((left + i * (w + 4) + 2, 3), title, "black", font)
     for i, label in enumerate(rows):
@@ -449,6 +453,11 @@ def read_jsonl(path, mend=False):
                     os.truncate(path, f.tell() - len(line))
                 return
             yield json.loads(line)
+
+
+def generator(*key):
+    """Random numbers that are a function of `key`. (Of a seed given to manual_seed, PyTorch's CPU generator looks at 32 bits.)"""
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(32))
 
 
 def log(run, **entry):

@@ -81,6 +81,8 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
     share = s.batch // world                                # pictures of each step that this process sees
     micro = share // s.accumulate                           # and of these, what is in memory at once
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
+    if s.perceptual_net == "untrained" and rank == 0:
+        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
     vae.to(memory_format=torch.channels_last)               # the layout convolutions are fastest in; values are the same
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
@@ -113,8 +115,7 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
 
     for step in range(step + 1, s.steps + 1):
         # Noise of the whole batch on the CPU, then this process's rows: the same on any device and number of processes.
-        generator = torch.Generator().manual_seed((s.seed << 32) + step)
-        noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=generator)
+        noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=data.generator(s.seed, step))
         noise = noise[rank * share:(rank + 1) * share].split(micro)
         values = {}
         for part in range(s.accumulate):
@@ -243,7 +244,7 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def prepare(s, stage, out, parent):
+def prepare(s, stage, out, parent, free=FREE):
     """Device, processes and what an interrupted run left: (device, checkpoint or None). What contradicts it is an error."""
     torch.manual_seed(s.seed)
     torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
@@ -257,20 +258,18 @@ def prepare(s, stage, out, parent):
     world = dist.get_world_size() if dist.is_initialized() else 1
     if s.batch < 1 or s.batch % (world * s.accumulate):
         data.stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate {s.accumulate}")
-    if s.perceptual_net == "untrained" and int(os.environ.get("RANK", 0)) == 0:
-        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
-    if not out.exists():
-        return device, None
-    file = model.read_checkpoint(out, (stage,), "take another --run, or remove it")
-    data.check_settings(file["settings"], asdict(s), FREE, out)
-    if file["parent"]["sha256"] != parent["sha256"]:
-        data.stop(f"{parent['path']} has changed since {out} was begun: take another --run for what is new")
-    if file["step"] > s.steps:
-        data.stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
+    file = None
+    if out.exists():
+        file = model.read_checkpoint(out, (stage,), "take another --run, or remove it")
+        data.check_settings(file["settings"], asdict(s), free, out)
+        if file["parent"]["sha256"] != parent["sha256"]:
+            data.stop(f"{parent['path']} has changed since {out} was begun: take another --run for what is new")
+        if file["step"] > s.steps:
+            data.stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
     # The log goes back to the checkpoint too: lines of steps that were lost would otherwise stand in it twice.
     log = Path(s.run, "log.jsonl")
     if log.exists() and int(os.environ.get("RANK", 0)) == 0:
-        keep = [line for line in data.read_jsonl(log) if line.get("stage") != stage or line["step"] <= file["step"]]
+        keep = [line for line in data.read_jsonl(log) if line.get("stage") != stage or (file and line["step"] <= file["step"])]
         data.write_aside(log, lambda f: f.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
     return device, file
 
