@@ -61,7 +61,7 @@ class Sampling:
     sample: tuple[str, ...] = ()   # prompts, a picture each
     run: str = ""                  # folder that all stages share [runs/PRESET]
     steps: int = 50                # not in the paper: Euler steps, of K5
-    guidance: float = 5.0          # not in the paper: classifier-free guidance, of K5; 1 is the prompt alone
+    guidance: float = 5.0          # not in the paper: classifier-free guidance, of K5 (3.5 for its larger text to image model); 1 is the prompt alone
     shift: float = 3.0             # not in the paper: more of the steps where there is more noise, of K5's text to image; 1 is evenly
     dit: str = ""                  # not in the paper: the network [RUN/dit.pt]
     vae: str = ""                  # not in the paper: the VAE it was trained on, if that file has moved
@@ -106,14 +106,14 @@ class Settings(Network):
     dry_run: bool = False              # print settings and the table of parameters as JSON and stop
 
 
-SCENES = dict(text_encoder="bytes", clip_score="")
+SCENES = dict(text_encoder="bytes", clip_score="", absolute=True, t_shift=2.0)
 PRESETS = {
     "paper": {},
     "small": SCENES | dict(width=512, ff_width=2048, time_width=256, blocks=12, text_width=256, text_length=64,
                            steps=20_000, batch=256, lr=3e-4, ema_decay=0.999),
     "demo": SCENES | dict(width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, head_axes=(8, 12, 12), text_width=64,
-                          text_length=32, size=128, steps=1500, batch=32, lr=1e-3, ema_decay=0.99, warmup=100, precision="fp32",
-                          val_prompts=80, val_steps=16, guidance=3.0, val_every=500, save_every=500),
+                          text_length=32, size=96, steps=750, batch=64, lr=2e-3, ema_decay=0.99, warmup=100, precision="fp32",
+                          val_prompts=80, val_steps=16, guidance=3.0, val_every=250, save_every=250),
 }
 FREE = {"run", "vae", "steps", "device", "workers", "compile", "checkpointing", "log_every", "val_every", "save_every", "dry_run",
         "val_prompts", "val_steps", "guidance", "shift", "clip_score"}   # may change on resume
@@ -125,9 +125,9 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def frequencies(n):
-    """n rotations a position, from 1 down to almost 1/10,000 of a radian: (n,)."""
-    return torch.exp(-math.log(10_000) * torch.arange(n, dtype=torch.float32) / n)
+def waves(positions, n):
+    """Angles of positions (m,) at n frequencies, from 1 down to almost 1/10,000 of a radian a position: (m, n)."""
+    return positions[:, None] * torch.exp(-math.log(10_000) * torch.arange(n, dtype=torch.float32, device=positions.device) / n)
 
 
 def rotate(x, turn):
@@ -136,9 +136,9 @@ def rotate(x, turn):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def angles(axes, *positions):
-    """Cosines and sines for rotate; positions (n,) along each of the axes."""
-    a = torch.cat([p[:, None] * frequencies(size // 2).to(p.device) for size, p in zip(axes, positions)], 1)              # (n, head/2)
+def turns(axes, *positions):
+    """Cosines and sines for rotate, of positions (n,) along each axis, which has `size` values of a head."""
+    a = torch.cat([waves(p, size // 2) for size, p in zip(axes, positions)], 1)                                            # (n, head/2)
     return a.cos(), a.sin()
 
 
@@ -208,6 +208,8 @@ class DiT(nn.Module):
 
     x (b, k, h, w): latents normalised by their channels' mean and deviation, mixed with noise. t (b,): 0 is the picture, 1 is noise.
     tokens (b, l, d_text) with mask (b, l), True at a prompt's own tokens, and pooled (b, d_pooled); with "bytes": words, and pooled is not looked at.
+    Rotary positions are relative: equal patches get equal outputs wherever they lie, so that where a picture's middle is must be read off its noise.
+    K5 has nothing else and learns it in time; in a run of minutes sines (`absolute`) are what puts things in their place (README, Measured).
     """
     def __init__(self, n):
         super().__init__()
@@ -231,20 +233,20 @@ class DiT(nn.Module):
         elif tokens.dtype == torch.int16:                                                     # the bits of bfloat16, as they are cached
             tokens = tokens.view(torch.bfloat16)
         with full_precision(x):
-            a = 1000 * t.float()[:, None] * frequencies(self.n.width // 2).to(x.device)       # (b, d/2)
+            a = waves(1000 * t.float(), self.n.width // 2)                                    # (b, d/2)
             c = self.time(torch.cat([a.cos(), a.sin()], 1)) + self.pooled(pooled.float())     # (b, d_t)
 
         text, mask = self.text(tokens.to(x.dtype)), mask[:, None, None]                       # (b, l, d), (b, 1, 1, l)
-        turn = angles((sum(self.n.head_axes),), place(text.shape[1]))
+        turn = turns((sum(self.n.head_axes),), place(text.shape[1]))
         for block in self.refiner:
             text = run(block, text, c, turn, mask)
 
         row, column = place(h).repeat_interleave(w), place(w).repeat(h)                       # (n,), n = h w patches
-        turn = angles(self.n.head_axes, 0 * row, row, column)                                 # a picture is frame 0
+        turn = turns(self.n.head_axes, 0 * row, row, column)                                 # a picture is frame 0
         x = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 3, 5, 1)             # (b, h, w, p, p, k)
         x = self.patches(x.flatten(3).flatten(1, 2))                                          # (b, n, d)
         if self.n.absolute:
-            a = torch.cat([p[:, None] * frequencies(self.n.width // 4).to(x.device) for p in (row, column)], 1)
+            a = torch.cat([waves(row, self.n.width // 4), waves(column, self.n.width // 4)], 1)
             x = x + torch.cat([a.cos(), a.sin()], 1)
         for block in self.blocks:
             x = run(block, x, c, turn, None, text, mask)
@@ -294,7 +296,7 @@ def sample(net, x, prompt, empty, steps, guidance, shift):
 
 
 @torch.no_grad()
-def draw(net, vae, encode, prompts, s, size, steps, batch):
+def draw(net, vae, encode, prompts, s, size, steps, batch, autocast):
     """A uint8 picture (3, size, size) for each prompt, as a list; its noise is a function of (seed, its number) alone."""
     pictures, device, side = [], vae.latent_mean.device, size // vae.factor
     mean, std = vae.latent_mean[:, None, None], vae.latent_std[:, None, None]
@@ -302,7 +304,8 @@ def draw(net, vae, encode, prompts, s, size, steps, batch):
         some = prompts[i:i + batch]
         noise = torch.stack([torch.randn(len(mean), side, side, generator=data.generator(s.seed, "sample", i + j)) for j in range(len(some))])
         prompt, empty = (tuple(v.to(device) for v in pad(encode(p))) for p in (some, [""] * len(some)))
-        z = sample(net, noise.to(device), prompt, empty, steps, s.guidance, s.shift)
+        with autocast:
+            z = sample(net, noise.to(device), prompt, empty, steps, s.guidance, s.shift)
         pictures += list(losses.to_uint8(torch.cat([vae.decode(part) for part in (z * std + mean).split(8)])).cpu())
     return pictures
 
@@ -345,6 +348,8 @@ def qwen_clip_encoder(n, device):
 
     @torch.no_grad()
     def encode(prompts):
+        if len(prompts) > 16:
+            return encode(prompts[:16]) + encode(prompts[16:])
         # With causal attention and padding on the right, no token sees what is padded.
         q = words([TEMPLATE + p + "<|im_end|>" for p in prompts], padding=True, truncation=True, max_length=start + n.text_length, return_tensors="pt").to(device)
         states = qwen(input_ids=q.input_ids, attention_mask=q.attention_mask).last_hidden_state[:, start:].bfloat16().view(torch.int16).cpu()
@@ -587,8 +592,8 @@ def train(s, out, vae, vae_parent, folder, device, resume):
     scenes = is_scenes(s)
     prompts = scene_prompts() if scenes else [text for _, text in captions(s, "val")]
     prompts = prompts[::-(-len(prompts) // s.val_prompts)]
-    encode = ENCODERS[s.text_encoder](s, device) if rank == 0 else None
     scorer = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
+    encoded = dict(zip([""] + prompts, ENCODERS[s.text_encoder](s, device)([""] + prompts))) if rank == 0 else {}   # once: a large encoder does not stay
     workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     positions = ([i * s.batch + rank * share + a * micro + j for j in range(micro)] for i in range(step, s.steps) for a in range(s.accumulate))
     def collate(items):
@@ -635,8 +640,7 @@ def train(s, out, vae, vae_parent, folder, device, resume):
             entry |= {f"loss_t{i}": a / b if b else None for i, (a, b) in enumerate(zip(sums, counts))}
             entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
             if looking:
-                with autocast:
-                    pictures = draw(ema, vae, encode, prompts, s, s.size, s.val_steps, min(micro, 64))
+                pictures = draw(ema, vae, lambda some: [encoded[p] for p in some], prompts, s, s.size, s.val_steps, min(micro, 64), autocast)
                 entry |= follow(pictures, prompts, scenes, scorer)
                 sheet = slice(0, None, -(-len(prompts) // 12))
                 data.save_sheet(Path(s.run, "dit.png"), pictures[sheet], 4, captions=prompts[sheet])
@@ -695,8 +699,8 @@ def main_sample(s):
     for prompt in s.sample:
         if len(encode([prompt])[0][0]) == n.text_length:
             print(f"cut to {n.text_length} tokens: {' '.join(prompt.split())[:60]} ...")
-    with torch.autocast(device.type, torch.bfloat16, enabled=file["settings"]["precision"] == "bf16"):
-        pictures = draw(net, vae, encode, list(s.sample), s, file["settings"]["size"], s.steps, 16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=file["settings"]["precision"] == "bf16")
+    pictures = draw(net, vae, encode, list(s.sample), s, file["settings"]["size"], s.steps, 16, autocast)
     out = Path(s.run, "sample.png")
     data.save_sheet(out, pictures, min(4, len(pictures)), captions=s.sample)
     print(f"wrote {out}: {len(pictures)} pictures of {path} at step {file['step']}")

@@ -3,6 +3,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def command(*args, check=None, env=None, timeout=120):
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
+
+
+def killed(line, run, counts):
+    """Run a command line again and again, and kill -9 it when RUN/log.jsonl has so many lines; the last time it may end."""
+    log = Path(run, "log.jsonl")
+    for count in counts:
+        process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < count):
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    command(*line, check=0)
 
 
 def refused(call, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, refused
+from conftest import ROOT, killed, refused
 from test_model import formula_picture, formula_weights
 from test_train import same
 
@@ -22,13 +22,13 @@ REFERENCE = ROOT / "tests" / "reference_dit.json"
 NETWORK = dict(width=48, ff_width=96, time_width=24, blocks=2, refiner_blocks=1, head_axes=(4, 10, 10), text_width=32, pooled_width=24,
                latent_channels=4, text_encoder="bytes", text_length=12)
 TRAINING = dict(size=48, batch=8, lr=1e-3, warmup=2, ema_decay=0.9, precision="fp32", workers=0, log_every=1, val_every=4, save_every=2,
-                val_prompts=4, val_steps=2, guidance=2.0, shift=3.0, clip_score="")
+                val_prompts=4, val_steps=2, guidance=2.0, shift=3.0, t_shift=1.0, clip_score="")
 FLAGS = [part for k, v in (NETWORK | TRAINING).items() for part in ("--" + k.replace("_", "-"), *(map(str, v) if isinstance(v, tuple) else [str(v)]))]
 PROMPTS = ["a red star", "", "a small cyan circle on a dotted yellow background", "word " * 40]
 
 
 def settings(dit, run, **more):
-    return dit.Settings(**(NETWORK | TRAINING | dict(run=str(run), steps=4) | more))
+    return dit.Settings(**(dit.PRESETS["demo"] | NETWORK | TRAINING | dict(run=str(run), steps=4) | more))
 
 
 def network(dit, **more):
@@ -166,7 +166,7 @@ def test_begins_as_the_identity(dit):
     assert torch.equal(a, b) and a.std() > 0.1
     for block in [*net.refiner, *net.blocks]:
         y = torch.randn(2, 5, 48)
-        turn = dit.angles((24,), torch.arange(5.0))
+        turn = dit.turns((24,), torch.arange(5.0))
         assert torch.equal(block(y, torch.randn(2, 24), turn, None, y, None), y)
 
 
@@ -412,11 +412,11 @@ def test_rule_reads_real_scenes(dit, data):
     """At least 98% of scenes as 01 draws them, each of the four and all together, at the demo's size and others; and it can say no."""
     from torchvision.transforms.v2.functional import pil_to_tensor
     right, total, shuffled = torch.zeros(4), 0, 0
-    for i in range(60):
+    for i in range(50):
         caption, draw = data.scene(5, i)
         x = pil_to_tensor(draw())
         words = caption.split()
-        for size in (96, 256) if i % 6 == 0 else (96,):
+        for size in (96, 256) if i % 10 == 0 else (96,):
             seen = dit.read_scene(data.centre_crop(data.resize_shorter(x, size), size))
             right += torch.tensor([a == b for a, b in zip(seen, (words[1], words[2], words[5], words[6]))])
             total += 1
@@ -471,19 +471,11 @@ def test_warmup_and_clipping(dit, run, whole):
     assert 0.9e-4 < moved < 1.01e-4
 
 
-@pytest.mark.parametrize("workers, kills", [("0", (1, 3, 6)), ("2", (5,))])
-def test_resume_after_kill_is_exact(run, whole, workers, kills):
-    """kill -9 at whatever moment, three times; the same command goes on; everything equals the whole run's, bit for bit."""
-    line = [sys.executable, "07_train_dit.py", "--run", str(run), *FLAGS, "--steps", "8", "--workers", workers]
-    for lines in kills:
-        process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_text().splitlines()) < lines):
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
-    command(*line[1:], check=0)
+def test_resume_after_kill_is_exact(run, whole):
+    """kill -9, the first time before there is a checkpoint; the same command goes on; everything equals the whole run's, bit for bit."""
+    killed(["07_train_dit.py", "--run", str(run), *FLAGS, "--steps", "8", "--workers", "2"], run, (1, 5))
     file = checkpoint(whole)
-    same(checkpoint(run), file | {"settings": file["settings"] | {"workers": int(workers)}, "parent": checkpoint(run)["parent"]})
+    same(checkpoint(run), file | {"settings": file["settings"] | {"workers": 2}, "parent": checkpoint(run)["parent"]})
     assert log(run) == log(whole)
 
 
@@ -517,9 +509,9 @@ def test_accumulation_and_processes(dit, run, whole, tmp_path_factory):
 
 
 def test_it_learns(dit, run):
-    dit.main(settings(dit, run, steps=60, log_every=20, val_every=100, save_every=100, batch=32, lr=3e-3))
+    dit.main(settings(dit, run, steps=45, log_every=15, val_every=100, save_every=100, batch=24, lr=3e-3))
     rows = log(run)
-    assert rows[2]["loss"] < 0.8 * rows[0]["loss"] and all(rows[2][f"loss_t{i}"] < rows[0][f"loss_t{i}"] for i in range(4))
+    assert rows[2]["loss"] < 0.9 * rows[0]["loss"] and all(rows[2][f"loss_t{i}"] < rows[0][f"loss_t{i}"] for i in range(4))
 
 
 def test_non_finite_stops_and_keeps_the_last_good_checkpoint(dit, run, capsys, monkeypatch):
@@ -533,7 +525,7 @@ def test_non_finite_stops_and_keeps_the_last_good_checkpoint(dit, run, capsys, m
 
 def test_contradicting_flags(dit, run, capsys):
     dit.main(settings(dit, run, steps=2))
-    for name, value in (("lr", 2e-3), ("blocks", 3), ("batch", 16), ("drop", 0.5), ("t_shift", 3.0)):
+    for name, value in (("lr", 2e-3), ("blocks", 3), ("batch", 16), ("drop", 0.5), ("t_shift", 3.0), ("absolute", False)):
         assert f"--{name.replace('_', '-')} " in refused(lambda: dit.main(settings(dit, run, **{name: value})), capsys)
     assert "beyond --steps" in refused(lambda: dit.main(settings(dit, run, steps=1)), capsys)
     dit.main(settings(dit, run, steps=2, guidance=7.0, val_steps=3))
@@ -605,13 +597,11 @@ def test_sample_command_line(whole, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "07_train_dit.py", "--run", whole, "--sample", "a red star", "--steps", "2", "--guidance", "5", "--shift", "2", "--seed", "3"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "1 pictures of" in done.stdout, done.stderr
-    done = command("07_train_dit.py", "--run", whole, "--sample", "--steps", "2", check=2)
-    assert "prompt" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sample_sentences(dit, model, run, capsys):
     stops = lambda **more: refused(lambda: dit.main(dit.Sampling(**(dict(run=str(run), sample=("a star",), steps=1) | more))), capsys)
-    assert "without --sample first" in stops()
+    assert "without --sample first" in stops() and "a prompt or more" in stops(sample=())
     dit.main(settings(dit, run, steps=1))
     capsys.readouterr()
     assert "--steps (0)" in stops(steps=0) and "--shift" in stops(shift=0.0)
