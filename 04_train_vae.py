@@ -56,12 +56,12 @@ class Settings(Training, model.Architecture):
     pass
 
 
-DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=400, save_every=400, val_pictures=64, latent_pictures=256)
+DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=500, save_every=500, val_pictures=64, latent_pictures=256)
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
     "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
-    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1800),
+    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1500),
 }
 FREE = {"run", "vae", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
 

@@ -31,7 +31,7 @@ class Settings(training.Training):
 PRESETS = {
     "paper": {},
     "small": losses.PRESETS["small"] | training.SMALL | dict(steps=30_000),
-    "demo": losses.PRESETS["demo"] | training.DEMO | dict(steps=400, val_every=200, save_every=200),
+    "demo": losses.PRESETS["demo"] | training.DEMO | dict(steps=300, val_every=150, save_every=150),
 }
 
 

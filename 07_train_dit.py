@@ -74,6 +74,7 @@ class Sampling:
 class Settings(Network):
     run: str = ""                      # folder that all stages share [runs/PRESET]
     vae: str = ""                      # not in the paper: the file whose latents to learn [RUN/vae_finetuned.pt, else RUN/vae.pt]
+    peer: str = ""                     # not in the paper: whose --vae is, where neither file nor name tell: flux, sd3, sd1 or sdxl
     size: int = 256                    # Sec. 6.3: pictures of 256 x 256
     flip: bool = True                  # not in the paper: mirrored pictures' latents too
     steps: int = 130_000               # Sec. 6.3
@@ -509,10 +510,10 @@ def read_scene(picture):
     # Shape: how strongly what has its colour repeats 3, 4 or 5 times around its centre, in units of a perfect one.
     y, z = torch.nonzero((label == color) & (label != ground)).T.double()
     z = torch.complex(z - z.mean(), y - y.mean()) if len(z) else torch.ones(1, dtype=torch.complex128)
-    folds = {"triangle": (3, 0.40), "square": (4, 0.30), "star": (5, 0.40)}
+    folds = {"triangle": (3, 0.66), "square": (4, 0.43), "star": (5, 0.79)}
     strength = {name: (z ** n).mean().abs() / (z.abs() ** n).mean() / full for name, (n, full) in folds.items()}
     shape = max(strength, key=strength.get)
-    shape = shape if strength[shape] > 0.4 else "circle"
+    shape = shape if strength[shape] > 0.25 else "circle"
 
     # Pattern: marks are darker than all of the ground's gradient. How much of the ground they cover, and whether columns tell it all.
     on = label == ground
@@ -579,7 +580,7 @@ def train(s, out, vae, vae_parent, folder, device, resume):
     step, window = 0, torch.zeros(2, 4, device=device)      # losses and their number since the last line of the log, by quarter of t
     if resume:
         step = resume["step"]
-        window += resume["window"].to(device)
+        window += resume["window"].to(device) * (rank == 0)
         for module, key in ((net, "model"), (ema, "ema"), (optimizer, "optimizer")):
             module.load_state_dict(resume[key])
     save = lambda: rank == 0 and model.save_checkpoint(
@@ -691,7 +692,7 @@ def main_sample(s):
         data.stop(f"{s.vae or named}, the VAE that {path} was trained on, is gone: give --vae FILE")
     if model.parent(vae_path)["sha256"] != file["parent"]["sha256"]:
         data.stop(f"{vae_path} is not the VAE that {path} was trained on: its contents have another hash")
-    vae = model.load_vae(vae_path, device)
+    vae = model.load_vae(vae_path, device, file["settings"]["peer"] or None)
     n = Network(**{k: tuple(v) if isinstance(v, list) else v for k, v in file["architecture"].items()})
     net = build(n).to(device).eval()
     net.load_state_dict(file["ema"])
@@ -714,9 +715,9 @@ def main(s):
         return data.print_settings(s, parameters=table(s))
     out, finetuned = Path(s.run, "dit.pt"), Path(s.run, "vae_finetuned.pt")
     vae_path = Path(s.vae) if s.vae else finetuned if finetuned.is_file() else Path(s.run, "vae.pt")
-    vae = model.load_vae(vae_path)
+    vae = model.load_vae(vae_path, peer=s.peer or None)
     if vae.latent_mean is None:
-        data.stop(f"{vae_path} has no mean and deviation of its latents: run the stage that made it to its end")
+        data.stop(f"{vae_path} has no mean and deviation of its latents: run the stage that made it to its end, or say whose it is with --peer")
     if len(vae.latent_mean) != s.latent_channels:
         data.stop(f"{vae_path} has {len(vae.latent_mean)} latent channels: give --latent-channels {len(vae.latent_mean)}")
     if not vae.takes(s.size) or s.size // vae.factor % s.patch:

@@ -1,0 +1,333 @@
+"""Speed and memory of our code beside its peers', alternating in one process. Run by hand, not by pytest:
+
+    pip install diffusers && python tests/benchmark.py            # CPU; --device cuda on a GPU; --only WORDS for some of it
+
+Peers: diffusers' AutoencoderKL encoder with VQModel's spatial-norm decoder, and its Kandinsky5Transformer3DModel. Each pair runs step by step in turn;
+the ratio is the peer's time over ours (above 1: ours is faster), median of the pairs, with the quartiles. Peak memory is that of a process of its own.
+Prints one table and writes benchmark.json, where --out says.
+"""
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+data, model, losses, training, dit = (importlib.import_module(n) for n in ("01_data", "02_model", "03_losses", "04_train_vae", "07_train_dit"))
+CUDA = dict(width=128, size=240, batch=16, repeats=20)
+CPU = dict(width=32, size=240, batch=2, repeats=9)
+warnings.filterwarnings("ignore")
+
+
+# ---------------------------------------------------------------- what is compared: each function makes a step that can be called again and again
+
+def backward(net, *inputs, autocast=False):
+    inputs = [v.requires_grad_() if v.is_floating_point() else v for v in inputs]
+    def step():
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast):
+            out = net(*inputs)
+        (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+    return step
+
+
+def decoder(norm, a, compiled=False, autocast=False):
+    net = model.build(model.Architecture(width=a.width, decoder_norm=norm)).decoder.to(a.device, memory_format=torch.channels_last)
+    z = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device)
+    return backward(torch.compile(net) if compiled else net, z, z.clone(), autocast=autocast)
+
+
+def peer_vae(a, norm):
+    """diffusers' encoder and decoder of our shapes."""
+    from diffusers.models.autoencoders.vae import Decoder, Encoder
+    widths, c = tuple(a.width * m for m in (1, 2, 2, 4)), dict(in_channels=3, out_channels=16, layers_per_block=2)
+    down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
+    net = nn.Module()
+    net.encoder = Encoder(**c, block_out_channels=widths, down_block_types=(down,) * 3 + ("Attn" + down,), double_z=True)
+    net.decoder = Decoder(in_channels=16, out_channels=3, layers_per_block=2, block_out_channels=widths, up_block_types=("Attn" + up,) + (up,) * 3, norm_type=norm)
+    return net.to(a.device)
+
+
+def peer_decoder(norm, a, autocast=False):
+    z = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device)
+    return backward(peer_vae(a, norm).decoder, z, z.clone(), autocast=autocast) if norm == "spatial" else backward(peer_vae(a, norm).decoder, z, autocast=autocast)
+
+
+def block(a, compiled=False, autocast=False):
+    """One visual block of the paper's shape at 256 px: 256 patches, 256 text tokens."""
+    n = dit.Network()
+    net = dit.Block(n, cross=True).to(a.device)
+    turn = dit.turns(n.head_axes, *(torch.arange(256.0, device=a.device) // d % m for d, m in ((256, 1), (16, 16), (1, 16))))
+    x, c, text = (torch.randn(a.batch, *s, device=a.device) for s in ((256, n.width), (n.time_width,), (256, n.width)))
+    for p in net.modulation.parameters():
+        nn.init.normal_(p, std=0.02)
+    f = torch.compile(net) if compiled else net
+    net_forward = lambda x, c, text: f(x, c, turn, None, text, None)
+    net_forward.zero_grad = net.zero_grad
+    return backward(net_forward, x, c, text, autocast=autocast)
+
+
+def peer_block(a, compiled=False, autocast=False):
+    from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D, Kandinsky5TransformerDecoderBlock
+    n = dit.Network()
+    net = Kandinsky5TransformerDecoderBlock(n.width, n.time_width, n.ff_width, sum(n.head_axes)).to(a.device)
+    rope = Kandinsky5RoPE3D(n.head_axes).to(a.device)((a.batch, 1, 16, 16), [torch.arange(1), torch.arange(16), torch.arange(16)]).flatten(1, 3).to(a.device)
+    x, c, text = (torch.randn(a.batch, *s, device=a.device) for s in ((256, n.width), (n.time_width,), (256, n.width)))
+    for p in net.visual_modulation.parameters():
+        nn.init.normal_(p, std=0.02)
+    f = torch.compile(net) if compiled else net
+    net_forward = lambda x, c, text: f(x, text, c, rope, None)
+    net_forward.zero_grad = net.zero_grad
+    return backward(net_forward, x, c, text, autocast=autocast)
+
+
+def vgg():
+    """LPIPS with a VGG16 of random weights: costs what the real one costs, and needs no download."""
+    import lpips
+    net = losses.Perceptual("untrained")
+    net.lpips = lpips.LPIPS(net="vgg", lpips=True, pretrained=False, pnet_rand=True, verbose=False)
+    return net.requires_grad_(False).eval()
+
+
+def peer_step(a, run):
+    """A whole training step as one writes it first: the same losses and networks, diffusers' modules, the lpips package, an EMA loop, logged numbers."""
+    import lpips
+    from diffusers.training_utils import EMAModel
+    vae, disc, perceptual = peer_vae(a, "spatial"), losses.Discriminator(64, 2).to(a.device), lpips.LPIPS(net="vgg", lpips=True, pretrained=False, pnet_rand=True, verbose=False).to(a.device)
+    perceptual.requires_grad_(False).eval()
+    optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.5, 0.9)) for net in (vae, disc))
+    ema, crops, s, seen = EMAModel(vae.parameters(), decay=0.9999), data.Crops(Path(run, "data", "train"), a.size, 0), losses.Losses(), iter(range(10 ** 9))
+    autocast = lambda: torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.bf16)
+    def step():
+        x = losses.from_uint8(torch.stack([crops[next(seen)] for _ in range(a.batch)]).to(a.device))
+        with autocast():
+            q = model.Posterior(*vae.encoder(x).chunk(2, dim=1))
+            z = q.sample()
+            x_hat = vae.decoder(z, z)
+        x_hat, mean, logvar = x_hat.float(), q.mean.float(), q.logvar.float()
+        terms = [s.lambda_recon * F.mse_loss(x_hat, x), s.lambda_perc * perceptual(x, x_hat).mean(), s.lambda_kl * losses.kl_loss(mean, logvar),
+                 s.lambda_adv * losses.adversarial_loss(disc(x_hat))]
+        optimizer.zero_grad()
+        sum(terms).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        disc_loss = losses.discriminator_loss(disc(x), disc(x_hat.detach()))
+        disc_optimizer.zero_grad()
+        disc_loss.backward()
+        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
+        disc_optimizer.step()
+        ema.step(vae.parameters())
+        return [v.item() for v in (*terms, disc_loss)]
+    return step
+
+
+def our_training(a, run, steps, between):
+    """04 itself for some steps, with `between` called after each."""
+    class Bar:
+        def __init__(self, *args, **more): self.items = args[0] if args else ()
+        def __iter__(self): return iter(self.items)
+        def update(self): between()
+        def write(self, line): pass
+        def close(self): pass
+    real, training.tqdm, losses.Perceptual = training.tqdm, Bar, lambda net: vgg()
+    settings = training.Settings(run=run, crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
+                                 log_every=10 ** 6, val_every=10 ** 6, save_every=10 ** 6, compile=a.compiled, precision="bf16" if a.bf16 else "fp32")
+    with contextlib.redirect_stdout(io.StringIO()):
+        training.main(settings)
+    training.tqdm = real
+
+
+# ---------------------------------------------------------------- how it is measured
+
+def clock(f, device):
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    f()
+    wait()
+    return time.perf_counter() - began
+
+
+def summary(ours, peer):
+    ratios = sorted(p / o for o, p in zip(ours, peer))
+    quarter = lambda q: ratios[round(q * (len(ratios) - 1))]
+    return dict(ours=statistics.median(ours), peer=statistics.median(peer), ratio=statistics.median(ratios), low=quarter(0.25), high=quarter(0.75), pairs=len(ratios))
+
+
+def pair(ours, peer, a):
+    for f in (ours, peer, ours, peer):
+        f()
+    times = [(clock(ours, a.device), clock(peer, a.device)) for _ in range(a.repeats)]
+    return summary(*zip(*times))
+
+
+def whole_step(a, run):
+    peer, times, mark = peer_step(a, run), [], [None]
+    def between():
+        wait = torch.cuda.synchronize if torch.device(a.device).type == "cuda" else lambda: None
+        wait()
+        now = time.perf_counter()
+        times.append((now - mark[0] if mark[0] else None, clock(peer, a.device)))
+        mark[0] = time.perf_counter()
+    our_training(a, run, a.repeats + 3, between)
+    return summary(*zip(*times[2:-1]))                      # without the first two, and the last, which saves
+
+
+def peak(a, name, side):
+    """GiB at the peak of two steps in a process of its own, above what it had after imports."""
+    line = [sys.executable, __file__, "--device", a.device, "--child", name, side] + (["--bf16"] if a.bf16 else []) + ["--width", str(a.width), "--size", str(a.size), "--batch", str(a.batch)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else sys.exit(done.stderr)
+
+
+def resident():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+ITEMS = {   # name: (ours, peer), both functions of the arguments and a prepared run folder
+    "decoder: spatial norm (ours) beside GroupNorm (ours)": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: decoder("group", a, a.compiled, a.bf16)),
+    "decoder: spatial norm, ours beside diffusers'": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: peer_decoder("spatial", a, a.bf16)),
+    "decoder: GroupNorm, ours beside diffusers'": (lambda a, run: decoder("group", a, a.compiled, a.bf16), lambda a, run: peer_decoder("group", a, a.bf16)),
+    "04, a whole step": (None, peer_step),
+    "07, a block of the paper's shape": (lambda a, run: block(a, a.compiled, a.bf16), lambda a, run: peer_block(a, a.compiled, a.bf16)),
+}
+
+
+# ---------------------------------------------------------------- how cost grows, the loader, several processes
+
+def whole_vae(a, run):
+    """Forward and backward of the VAE alone, and the share of its time that attention takes in the forward pass."""
+    net = model.build(model.Architecture(width=a.width)).to(a.device, memory_format=torch.channels_last)
+    return backward(net, torch.rand(a.batch, 3, a.size, a.size, device=a.device), torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device), autocast=a.bf16)
+
+
+def attention_share(a):
+    net, spent = model.build(model.Architecture(width=a.width)).to(a.device, memory_format=torch.channels_last), []
+    for m in net.modules():
+        if isinstance(m, model.AttnBlock):
+            f = m.forward
+            def timed(x, z=None, f=f):
+                out = []
+                spent.append(clock(lambda: out.append(f(x, z)), a.device))
+                return out[0]
+            m.forward = timed
+    x = torch.rand(a.batch, 3, a.size, a.size, device=a.device)
+    with torch.no_grad():
+        net(x)
+        spent.clear()
+        return (lambda total: sum(spent) / total)(clock(lambda: net(x), a.device))
+
+
+def growth(a):
+    """Seconds and GiB of the VAE's forward and backward against size, width and batch, one at a time."""
+    print("\n| picture, px | width | batch | s | s a megapixel | GiB | attention's share |\n|---|---|---|---|---|---|---|")
+    rows, base = [], dict(size=256, width=a.width, batch=1)
+    for change in [dict(size=n) for n in (128, 256, 512, 1024)] + [dict(width=a.width * 2)] + [dict(batch=n) for n in (2, 4)]:
+        b = argparse.Namespace(**(vars(a) | base | change))
+        step = whole_vae(b, None)
+        step()
+        seconds = statistics.median(clock(step, a.device) for _ in range(3))
+        row = dict(size=b.size, width=b.width, batch=b.batch, seconds=seconds, gib=peak(b, "vae", "ours"), attention=attention_share(b))
+        rows.append(row)
+        print(f"| {b.size} | {b.width} | {b.batch} | {seconds:.2f} | {seconds / (b.batch * b.size ** 2 / 1e6):.2f} | {row['gib']:.2f} | {row['attention']:.2f} |", flush=True)
+    return rows
+
+
+def loader(a, run):
+    """Pictures a second that 01's Crops give, by number of workers: what a step may use up before it waits."""
+    crops, rows = data.Crops(Path(run, "data", "train"), a.size, 0), {}
+    for workers in (0, 1, 2, 4, 8):
+        if workers <= os.cpu_count():
+            items = iter(torch.utils.data.DataLoader(crops, batch_sampler=([16 * i + j for j in range(16)] for i in range(10 ** 6)), num_workers=workers))
+            next(items)
+            rows[workers] = 16 * 12 / clock(lambda: [next(items) for _ in range(12)], "cpu")
+            del items
+    print(f"\nloader, {a.size} px crops of 480 px pictures, pictures a second by workers: " + ", ".join(f"{k}: {v:.0f}" for k, v in rows.items()))
+    return rows
+
+
+def processes(a, run):
+    """04 under torchrun with 1, 2, ... processes of one thread each (CPU) or one GPU each, the same pictures for each process."""
+    rows, most = {}, torch.cuda.device_count() if a.device.startswith("cuda") else os.cpu_count()
+    for n in [n for n in (1, 2, 4, 8) if n <= most]:
+        out = Path(run, f"processes{n}")
+        out.mkdir()
+        (out / "data").symlink_to(Path(run, "data"))
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", "04_train_vae.py", "--run", str(out), "--width", str(a.width),
+                               "--groups", "32" if a.width % 32 == 0 else "8", "--crop", "240", "--batch", str(a.batch * n), "--steps", "12", "--log-every", "6", "--val-every", "100", "--val-pictures", "1",
+                               "--latent-pictures", "1", "--workers", "0", "--device", a.device], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            sys.exit(done.stderr)
+        rows[n] = [line for line in data.read_jsonl(out / "log.jsonl")][-1]["pictures_per_second"]
+    print("\n04 under torchrun, pictures a second by processes: " + ", ".join(f"{n}: {v:.2f} ({v / n / rows[1]:.2f} of {n} times one)" for n, v in rows.items()))
+    return rows
+
+
+def prepare(a, folder, count=8):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        data.main(data.Settings(run=folder, count=count, val_share=0.2, workers=0))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="items whose name has this in it")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--out", default="benchmark.json")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    for name, value in CPU.items():
+        parser.add_argument(f"--{name}", type=int)
+    a = parser.parse_args()
+    for name, value in (CUDA if a.device.startswith("cuda") else CPU).items():
+        setattr(a, name, getattr(a, name) or value)
+    torch.manual_seed(0)
+
+    with tempfile.TemporaryDirectory() as run:
+        if a.child:
+            name, side = a.child
+            prepare(a, run, 4)
+            before = resident()
+            if name.startswith("04") and side == "ours":
+                our_training(a, run, 2, lambda: None)
+            else:
+                step = (whole_vae if name == "vae" else ITEMS[name][side == "peer"])(a, run)
+                step(), step()
+            print(torch.cuda.max_memory_allocated() / 2 ** 30 if a.device.startswith("cuda") else (resident() - before) / 2 ** 30)
+            return
+        prepare(a, run)
+        device = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+        print(f"{device}, PyTorch {torch.__version__}, {'bf16' if a.bf16 else 'fp32'}{', compiled' if a.compiled else ''}; width {a.width}, {a.size} px, batch {a.batch}\n"
+              f"| item | ours, ms | peer, ms | peer / ours, median (quartiles) | GiB: ours | peer |\n|---|---|---|---|---|---|")
+        rows = {}
+        for name, (ours, peer) in ITEMS.items():
+            if a.only not in name:
+                continue
+            row = whole_step(a, run) if name.startswith("04") else pair(ours(a, run), peer(a, run), a)
+            row |= {f"memory_{side}": peak(a, name, side) for side in ("ours", "peer")}
+            rows[name] = row
+            print(f"| {name} | {1e3 * row['ours']:.0f} | {1e3 * row['peer']:.0f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}, {row['pairs']} pairs) "
+                  f"| {row['memory_ours']:.2f} | {row['memory_peer']:.2f} |", flush=True)
+        for name, measure in (("growth", lambda: growth(a)), ("loader", lambda: loader(a, run)), ("processes", lambda: processes(a, run))):
+            if a.only in name:
+                rows[name] = measure()
+    Path(a.out).write_text(json.dumps(dict(device=device, torch=torch.__version__, settings={k: v for k, v in vars(a).items() if k != "child"}, rows=rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()
