@@ -115,7 +115,8 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
 
     for step in range(step + 1, s.steps + 1):
         # Noise of the whole batch on the CPU, then this process's rows: the same on any device and number of processes.
-        noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=data.generator(s.seed, step))
+        # (Of a seed, PyTorch's CPU generator looks at 32 bits: seed and step must differ within those.)
+        noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=torch.Generator().manual_seed(1_000_003 * s.seed + step))
         noise = noise[rank * share:(rank + 1) * share].split(micro)
         values = {}
         for part in range(s.accumulate):
