@@ -199,6 +199,19 @@ def test_isolation(train, model, losses, run):
     assert norms == {row["grad_disc"] for row in log(run)}
 
 
+def test_seed_reaches_the_noise(train, model, prepared, tmp_path, monkeypatch):
+    """Posterior samples are a function of seed and step; the same step of two seeds shares nothing."""
+    seen, forward = [], model.VAE.forward
+    monkeypatch.setattr(model.VAE, "forward", lambda self, x, noise: (seen.append(noise), forward(self, x, noise))[1])
+    for seed in (0, 1, 0):
+        run = tmp_path / str(len(seen))
+        run.mkdir()
+        (run / "data").symlink_to(prepared / "data")
+        train.main(settings(train, run, steps=2, seed=seed))
+    assert len(seen) == 6 and all(torch.equal(seen[i], seen[4 + i]) for i in (0, 1))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen[:4]) for b in seen[:i])
+
+
 def test_bf16(train, run, whole):
     """Autocast on the CPU: weights stay FP32, losses are near the FP32 run's."""
     train.main(settings(train, run, steps=2, precision="bf16"))
