@@ -54,11 +54,34 @@ PRESETS = {
 
 # ---------------------------------------------------------------- blocks (Figures 7 and 8)
 
+class ScaleShift(torch.autograd.Function):
+    """x * y + b for x (b, c, s h, s w), with y and b (b, c, h, w) broadcast over s x s pixels.
+
+    Its gradients are written out because pooling sums those pixels many times faster than what autograd would do.
+    """
+    @staticmethod
+    def blocks(x, y):
+        s = x.shape[-1] // y.shape[-1]
+        return x.unflatten(3, (-1, s)).unflatten(2, (-1, s)), s                           # (b, c, h, s, w, s)
+
+    @staticmethod
+    def forward(ctx, x, y, b):
+        ctx.save_for_backward(x, y)
+        return torch.addcmul(b[:, :, :, None, :, None], ScaleShift.blocks(x, y)[0], y[:, :, :, None, :, None]).flatten(2, 3).flatten(3, 4)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        blocks, s = ScaleShift.blocks(g, y)
+        total = lambda v: F.avg_pool2d(v, s) * s ** 2                                     # (b, c, h, w)
+        return (blocks * y[:, :, :, None, :, None]).flatten(2, 3).flatten(3, 4), total(g * x), total(g)
+
+
 class SpatialNorm(nn.Module):
     """Spatially Conditional Normalization (Sec. 5.2; MoVQ): out = GroupNorm(x) * y(z) + b(z), with y and b 1x1 convolutions.
 
     A 1x1 convolution commutes with nearest-neighbour up-sampling, so both run at latent resolution,
-    and their results are broadcast over the s x s pixels of each latent instead of being stored up-sampled.
+    and their results are broadcast instead of being stored up-sampled.
     """
     def __init__(self, channels, a):
         super().__init__()
@@ -68,10 +91,7 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
 
     def forward(self, x, z):
-        s = x.shape[-1] // z.shape[-1]
-        y, b = (conv(z)[:, :, :, None, :, None] for conv in (self.conv_y, self.conv_b))   # (b, c, h/f, 1, w/f, 1)
-        x = self.norm_layer(x).unflatten(3, (-1, s)).unflatten(2, (-1, s))                # (b, c, h/f, s, w/f, s)
-        return torch.addcmul(b, x, y).flatten(2, 3).flatten(3, 4)                         # (b, c, s h/f, s w/f)
+        return ScaleShift.apply(self.norm_layer(x), self.conv_y(z), self.conv_b(z))       # x (b, c, s h/f, s w/f), z (b, k, h/f, w/f)
 
 
 class GroupNorm(nn.GroupNorm):

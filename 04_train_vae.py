@@ -80,10 +80,10 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
     device = next(vae.parameters()).device
     share = s.batch // world                                # pictures of each step that this process sees
     micro = share // s.accumulate                           # and of these, what is in memory at once
-    perceptual = losses.Perceptual(s.perceptual_net).to(device)
+    perceptual = losses.Perceptual(s.perceptual_net).to(device, memory_format=torch.channels_last)
     if s.perceptual_net == "untrained" and rank == 0:
         print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
-    vae.to(memory_format=torch.channels_last)               # the layout convolutions are fastest in; values are the same
+    vae.to(memory_format=torch.channels_last)               # as above, the layout convolutions are fastest in; values are the same
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]

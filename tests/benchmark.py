@@ -12,7 +12,6 @@ import importlib
 import io
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -143,7 +142,8 @@ def our_training(a, run, steps, between):
         def update(self): between()
         def write(self, line): pass
         def close(self): pass
-    real, training.tqdm, losses.Perceptual = training.tqdm, Bar, lambda net: vgg()
+    perceptual = vgg()
+    real, training.tqdm, losses.Perceptual = training.tqdm, Bar, lambda net: perceptual
     settings = training.Settings(run=run, crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
                                  log_every=10 ** 6, val_every=10 ** 6, save_every=10 ** 6, compile=a.compiled, precision="bf16" if a.bf16 else "fp32")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -188,14 +188,15 @@ def whole_step(a, run):
 
 
 def peak(a, name, side):
-    """GiB at the peak of two steps in a process of its own, above what it had after imports."""
+    """GiB at the peak of two steps in a process of its own, weights and optimizer states too, above what it had after imports."""
     line = [sys.executable, __file__, "--device", a.device, "--child", name, side] + (["--bf16"] if a.bf16 else []) + ["--width", str(a.width), "--size", str(a.size), "--batch", str(a.batch)]
     done = subprocess.run(line, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else sys.exit(done.stderr)
 
 
-def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def memory(what):
+    """Bytes of this process, VmRSS (now) or VmHWM (at the peak since it was last cleared); Linux."""
+    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(what)))
 
 
 ITEMS = {   # name: (ours, peer), both functions of the arguments and a prepared run folder
@@ -277,9 +278,9 @@ def processes(a, run):
     return rows
 
 
-def prepare(a, folder, count=8):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        data.main(data.Settings(run=folder, count=count, val_share=0.2, workers=0))
+def prepare(folder):
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.main(data.Settings(run=folder, count=8, val_share=0.5, workers=0))
 
 
 def main():
@@ -301,16 +302,17 @@ def main():
     with tempfile.TemporaryDirectory() as run:
         if a.child:
             name, side = a.child
-            prepare(a, run, 4)
-            before = resident()
+            prepare(run)
+            before = memory("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")          # the peak begins anew here
             if name.startswith("04") and side == "ours":
                 our_training(a, run, 2, lambda: None)
             else:
                 step = (whole_vae if name == "vae" else ITEMS[name][side == "peer"])(a, run)
                 step(), step()
-            print(torch.cuda.max_memory_allocated() / 2 ** 30 if a.device.startswith("cuda") else (resident() - before) / 2 ** 30)
+            print(torch.cuda.max_memory_allocated() / 2 ** 30 if a.device.startswith("cuda") else (memory("VmHWM") - before) / 2 ** 30)
             return
-        prepare(a, run)
+        prepare(run)
         device = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
         print(f"{device}, PyTorch {torch.__version__}, {'bf16' if a.bf16 else 'fp32'}{', compiled' if a.compiled else ''}; width {a.width}, {a.size} px, batch {a.batch}\n"
               f"| item | ours, ms | peer, ms | peer / ours, median (quartiles) | GiB: ours | peer |\n|---|---|---|---|---|---|")

@@ -509,9 +509,11 @@ def test_accumulation_and_processes(dit, run, whole, tmp_path_factory):
 
 
 def test_it_learns(dit, run):
-    dit.main(settings(dit, run, steps=45, log_every=15, val_every=100, save_every=100, batch=24, lr=3e-3))
-    rows = log(run)
-    assert rows[2]["loss"] < 0.9 * rows[0]["loss"] and all(rows[2][f"loss_t{i}"] < rows[0][f"loss_t{i}"] for i in range(4))
+    """Sixty steps: well below the first ones, in each quarter of t."""
+    dit.main(settings(dit, run, steps=60, val_every=100, save_every=100, batch=16, lr=3e-3))
+    mean = lambda rows, key: (lambda known: sum(known) / len(known))([r[key] for r in rows if r[key] is not None])
+    for key in ("loss", "loss_t0", "loss_t1", "loss_t2", "loss_t3"):
+        assert mean(log(run)[-15:], key) < 0.8 * mean(log(run)[:5], key), key
 
 
 def test_non_finite_stops_and_keeps_the_last_good_checkpoint(dit, run, capsys, monkeypatch):
