@@ -527,12 +527,17 @@ def read_scene(picture):
 
 
 def clip_scorer(name, device):
-    """A function of pictures and prompts: 100 times the mean cosine of their CLIP features, by torchmetrics."""
+    """A function of pictures and prompts: 100 times the cosine of their CLIP features, not below 0, a mean over pictures; by torchmetrics."""
     try:
         from torchmetrics.multimodal.clip_score import CLIPScore
-        metric = CLIPScore(model_name_or_path=name).to(device).eval()
+        from transformers import CLIPModel, CLIPProcessor
+        clip, processor = CLIPModel.from_pretrained(name), CLIPProcessor.from_pretrained(name)
     except Exception as error:
         data.stop(f"--clip-score {name} needs pip install torchmetrics transformers, and that model ({type(error).__name__}); --clip-score '' goes without")
+    for get in ("get_image_features", "get_text_features"):     # transformers 5 gives more than the tensor that torchmetrics 1.9 expects
+        setattr(clip, get, lambda *inputs, f=getattr(clip, get): (lambda out: out if torch.is_tensor(out) else out.pooler_output)(f(*inputs)))
+    cut = dict(truncation=True, max_length=clip.config.text_config.max_position_embeddings)                # torchmetrics would lose the end token
+    metric = CLIPScore(lambda: (clip, lambda **inputs: processor(**inputs, **(cut if "text" in inputs else {})))).to(device).eval()
     return lambda pictures, prompts: sum(metric(p.to(device), prompt).item() for p, prompt in zip(pictures, prompts)) / len(prompts)
 
 

@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"                       # transformers, where it is installed, would ask the network several times
 torch.set_num_threads(2)
 
 

@@ -438,6 +438,29 @@ def test_held_out_prompts(dit, data):
     assert len({tuple(w[i] for i in (1, 2, 5, 6)) for w in scenes}) == pytest.approx(1 / dit.CHANCE["all four"], abs=3)
 
 
+def test_clip_score(dit, tmp_path):
+    """torchmetrics with a tiny CLIP gives 100 max(cos, 0), of a prompt that is too long too."""
+    pytest.importorskip("torchmetrics")
+    transformers = pytest.importorskip("transformers")
+    tiny_encoders(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
+    torch.manual_seed(0)
+    n, small = len(tokenizer), dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=16, vision_config=small | dict(image_size=32, patch_size=8),
+                                  text_config=small | dict(vocab_size=n, bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1))).eval()
+    processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer)
+    for part in (clip, processor):
+        part.save_pretrained(tmp_path / "scorer")
+    pictures, prompts, expected = torch.randint(0, 256, (3, 3, 48, 48)).byte(), ["a red star", "a cat", "x" * 100], []
+    for picture, prompt in zip(pictures, prompts):
+        with torch.no_grad():
+            out = clip(**processor(text=[prompt], images=[picture], return_tensors="pt", truncation=True, max_length=77))
+        expected.append(100 * (out.image_embeds * out.text_embeds).sum().clamp(min=0).item())
+    scorer = dit.clip_scorer(str(tmp_path / "scorer"), torch.device("cpu"))
+    assert [scorer([p], [t]) for p, t in zip(pictures, prompts)] == pytest.approx(expected, rel=1e-4) and max(expected) > 0
+    assert dit.follow(list(pictures), prompts, False, scorer) == {"clip_score": pytest.approx(sum(expected) / 3, rel=1e-4)}
+
+
 # ---------------------------------------------------------------- training
 
 def test_checkpoint_log_and_pictures(dit, model, whole):
