@@ -727,6 +727,8 @@ def main(s):
         data.stop(f"{vae_path} has {len(vae.latent_mean)} latent channels: give --latent-channels {len(vae.latent_mean)}")
     if not vae.takes(s.size) or s.size // vae.factor % s.patch:
         data.stop(f"--size {s.size} must be a multiple of {vae.factor * s.patch}, from {4 * vae.factor} up")
+    with torch.device("meta"):
+        build(s)                                            # what cannot be built or has no captions is told before latents are made
     captions(s, "train")
     vae_parent = model.parent(vae_path)
     device, resume = training.prepare(s, "07_train_dit", out, vae_parent, FREE)
