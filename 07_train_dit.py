@@ -297,14 +297,14 @@ def sample(net, x, prompt, empty, steps, guidance, shift):
 
 
 @torch.no_grad()
-def draw(net, vae, encode, prompts, s, size, steps, batch, autocast):
-    """A uint8 picture (3, size, size) for each prompt, as a list; its noise is a function of (seed, its number) alone."""
+def draw(net, vae, encoded, prompts, s, size, steps, batch, autocast):
+    """A uint8 picture (3, size, size) for each prompt, as a list; `encoded` has them and the empty one; its noise is a function of (seed, its number) alone."""
     pictures, device, side = [], vae.latent_mean.device, size // vae.factor
     mean, std = vae.latent_mean[:, None, None], vae.latent_std[:, None, None]
     for i in tqdm(range(0, len(prompts), batch), unit="batch", desc="sampling", disable=len(prompts) <= batch, **data.BAR):
         some = prompts[i:i + batch]
         noise = torch.stack([torch.randn(len(mean), side, side, generator=data.generator(s.seed, "sample", i + j)) for j in range(len(some))])
-        prompt, empty = (tuple(v.to(device) for v in pad(encode(p))) for p in (some, [""] * len(some)))
+        prompt, empty = (tuple(v.to(device) for v in pad([encoded[p] for p in texts])) for texts in (some, [""] * len(some)))
         with autocast:
             z = sample(net, noise.to(device), prompt, empty, steps, s.guidance, s.shift)
         pictures += list(losses.to_uint8(torch.cat([vae.decode(part) for part in (z * std + mean).split(8)])).cpu())
@@ -363,6 +363,12 @@ def qwen_clip_encoder(n, device):
 ENCODERS = {"bytes": bytes_encoder, "qwen-clip": qwen_clip_encoder}
 
 
+def encode_once(n, prompts, device):
+    """{prompt: its pair}, the empty prompt too; a large encoder does not stay in memory."""
+    texts = ["", *prompts]
+    return dict(zip(texts, ENCODERS[n.text_encoder](n, device)(texts)))
+
+
 def pad(pairs, length=0):
     """Encoded prompts as a batch: tokens (b, l, ·), mask (b, l), pooled (b, ·), l that of the longest or `length`."""
     tokens = nn.utils.rnn.pad_sequence([t for t, _ in pairs], batch_first=True)
@@ -394,9 +400,6 @@ def is_scenes(s):
 class Squares(Dataset):
     def __init__(self, s, names):
         self.folder, self.size, self.names = Path(s.run, "data", "train"), s.size, names
-
-    def __len__(self):
-        return len(self.names)
 
     def __getitem__(self, i):
         # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the centre
@@ -434,10 +437,9 @@ def cache(s, vae, vae_parent, device):
     if world > 1:
         dist.barrier()
     files = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in shapes}
-    def write(i, pair):
-        tokens, pooled = pair
+    def write(i, tokens, pooled):
         files["tokens"][i, :len(tokens)], files["lengths"][i], files["pooled"][i] = tokens, len(tokens), pooled
-    write(0, empty)
+    write(0, *empty)
     mean, std = vae.latent_mean[:, None, None], vae.latent_std[:, None, None]
     squares, workers = Squares(s, [name for name, _ in lines]), (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     bar = tqdm(total=len(lines), initial=made["done"], unit="picture", desc="latents", disable=rank > 0, **data.BAR)
@@ -451,7 +453,7 @@ def cache(s, vae, vae_parent, device):
                 noise = torch.stack([torch.randn(q.mean.shape[1:], generator=data.generator(s.seed, "latent", int(i), flipped)) for i in numbers])
                 files["latents"][numbers, flipped] = ((q.sample(noise.to(device)) - mean) / std).half().cpu()     # (b, k, h, w)
             for i, pair in zip(numbers.tolist(), encode([lines[i][1] for i in numbers])):
-                write(1 + i, pair)
+                write(1 + i, *pair)
             bar.update(len(x) * world)
         if world > 1:
             dist.barrier()
@@ -599,7 +601,7 @@ def train(s, out, vae, vae_parent, folder, device, resume):
     prompts = scene_prompts() if scenes else [text for _, text in captions(s, "val")]
     prompts = prompts[::-(-len(prompts) // s.val_prompts)]
     scorer = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
-    encoded = dict(zip([""] + prompts, ENCODERS[s.text_encoder](s, device)([""] + prompts))) if rank == 0 else {}   # once: a large encoder does not stay
+    encoded = encode_once(s, prompts, device) if rank == 0 else {}
     workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     positions = ([i * s.batch + rank * share + a * micro + j for j in range(micro)] for i in range(step, s.steps) for a in range(s.accumulate))
     def collate(items):
@@ -646,7 +648,7 @@ def train(s, out, vae, vae_parent, folder, device, resume):
             entry |= {f"loss_t{i}": a / b if b else None for i, (a, b) in enumerate(zip(sums, counts))}
             entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
             if looking:
-                pictures = draw(ema, vae, lambda some: [encoded[p] for p in some], prompts, s, s.size, s.val_steps, min(micro, 64), autocast)
+                pictures = draw(ema, vae, encoded, prompts, s, s.size, s.val_steps, min(micro, 64), autocast)
                 entry |= follow(pictures, prompts, scenes, scorer)
                 sheet = slice(0, None, -(-len(prompts) // 12))
                 data.save_sheet(Path(s.run, "dit.png"), pictures[sheet], 4, captions=prompts[sheet])
@@ -701,12 +703,12 @@ def main_sample(s):
     n = Network(**{k: tuple(v) if isinstance(v, list) else v for k, v in file["architecture"].items()})
     net = build(n).to(device).eval()
     net.load_state_dict(file["ema"])
-    encode = ENCODERS[n.text_encoder](n, device)
+    encoded = encode_once(n, s.sample, device)
     for prompt in s.sample:
-        if len(encode([prompt])[0][0]) == n.text_length:
+        if len(encoded[prompt][0]) == n.text_length:
             print(f"cut to {n.text_length} tokens: {' '.join(prompt.split())[:60]} ...")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=file["settings"]["precision"] == "bf16")
-    pictures = draw(net, vae, encode, list(s.sample), s, file["settings"]["size"], s.steps, 16, autocast)
+    pictures = draw(net, vae, encoded, list(s.sample), s, file["settings"]["size"], s.steps, 16, autocast)
     out = Path(s.run, "sample.png")
     data.save_sheet(out, pictures, min(4, len(pictures)), captions=s.sample)
     print(f"wrote {out}: {len(pictures)} pictures of {path} at step {file['step']}")
