@@ -54,27 +54,46 @@ PRESETS = {
 
 # ---------------------------------------------------------------- blocks (Figures 7 and 8)
 
-class ScaleShift(torch.autograd.Function):
-    """x * y + b for x (b, c, s h, s w), with y and b (b, c, h, w) broadcast over s x s pixels.
+class Modulate(torch.autograd.Function):
+    """GroupNorm(x) * y + b, then swish if asked, for x (b, c, h, w) with y and b (b, c, h', w') broadcast over blocks of pixels.
 
-    Its gradients are written out because pooling sums those pixels many times faster than what autograd would do.
+    With mean m and deviation 1/r of its group, that is one affine map of x, (r y) x + (b - m r y), whose factors stay at the
+    resolution of y. The gradients are written out so that of all full-size maps only x is kept, and swish's input made again.
     """
     @staticmethod
-    def blocks(x, y):
-        s = x.shape[-1] // y.shape[-1]
-        return x.unflatten(3, (-1, s)).unflatten(2, (-1, s)), s                           # (b, c, h, s, w, s)
+    def affine(x, a, d):                                                                  # a x + d; a (b, c, h', w'), d the same or full-size
+        n, out = a.shape[2], torch.empty_like(x)
+        rows = lambda v: v.unflatten(2, (n, -1)) if v.shape == x.shape else F.interpolate(v, (n, x.shape[3]))[:, :, :, None]
+        torch.addcmul(rows(d), rows(x), rows(a), out=rows(out))                           # (b, c, h', h / h', w)
+        return out
 
     @staticmethod
-    def forward(ctx, x, y, b):
-        ctx.save_for_backward(x, y)
-        return torch.addcmul(b[:, :, :, None, :, None], ScaleShift.blocks(x, y)[0], y[:, :, :, None, :, None]).flatten(2, 3).flatten(3, 4)
+    def forward(ctx, x, y, b, groups, eps, swish):
+        share = lambda v: v.unflatten(1, (groups, -1)).mean(2).repeat_interleave(x.shape[1] // groups, 1)[..., None, None]
+        exact = torch.promote_types(x.dtype, torch.float32)                               # bf16's 8 bits are too few for a variance
+        m, square = share(x.mean((2, 3), dtype=exact)), share(x.to(exact).square().mean((2, 3)))              # (b, c, 1, 1)
+        r = ((square - m.square()).clamp(min=0) + eps).rsqrt()
+        ctx.save_for_backward(x, y, b, m, r)
+        ctx.share, ctx.swish = share, swish
+        out = Modulate.affine(x, r * y, b - m * r * y)
+        return F.silu(out) if swish else out
 
     @staticmethod
     def backward(ctx, g):
-        x, y = ctx.saved_tensors
-        blocks, s = ScaleShift.blocks(g, y)
-        total = lambda v: F.avg_pool2d(v, s) * s ** 2                                     # (b, c, h, w)
-        return (blocks * y[:, :, :, None, :, None]).flatten(2, 3).flatten(3, 4), total(g * x), total(g)
+        x, y, b, m, r = ctx.saved_tensors
+        a = r * y
+        if ctx.swish:
+            g = torch.ops.aten.silu_backward(g, Modulate.affine(x, a, b - m * a))
+        block = x.shape[2] // y.shape[2], x.shape[3] // y.shape[3]
+        # The sum over blocks, as pooling: many times faster than a sum over two broadcast axes.
+        total = lambda v: block[0] * block[1] * (v.mean((2, 3), keepdim=True) if y.shape[2:] == (1, 1) else F.avg_pool2d(v, block))
+        exact = g.to(m.dtype)
+        g_b = total(exact)                                                                # (b, c, h', w')
+        g_y = r * (total(exact * x) - m * g_b)
+        # What the group's mean and deviation pass on is the same for all its pixels, but for a factor x.
+        from_mean, from_deviation = (ctx.share((y * v).sum((2, 3)) / x[0, 0].numel()) for v in (g_b, g_y))
+        factor = -r.square() * from_deviation
+        return Modulate.affine(g, a, Modulate.affine(x, factor, -r * from_mean - m * factor)), g_y, g_b, None, None, None
 
 
 class SpatialNorm(nn.Module):
@@ -90,8 +109,10 @@ class SpatialNorm(nn.Module):
         self.conv_y = nn.Conv2d(a.latent_channels, channels, 1)
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
 
-    def forward(self, x, z):
-        return ScaleShift.apply(self.norm_layer(x), self.conv_y(z), self.conv_b(z))       # x (b, c, s h/f, s w/f), z (b, k, h/f, w/f)
+    def forward(self, x, z, swish=False):                                                 # x (b, c, s h/f, s w/f), z (b, k, h/f, w/f)
+        gamma, beta = self.norm_layer.weight[:, None, None], self.norm_layer.bias[:, None, None]
+        y, b = self.conv_y(z), self.conv_b(z)                                             # (gamma x + beta) y + b
+        return Modulate.apply(x, gamma * y, beta * y + b, self.norm_layer.num_groups, self.norm_layer.eps, swish)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -99,25 +120,46 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels, a):
         super().__init__(a.groups, channels, eps=1e-6)
 
-    def forward(self, x, z=None):
-        return super().forward(x)
+    def forward(self, x, z=None, swish=False):
+        gamma, beta = (v[:, None, None].expand(len(x), -1, 1, 1) for v in (self.weight, self.bias))
+        return Modulate.apply(x, gamma, beta, self.num_groups, self.eps, swish)
 
 
-def conv3x3(c_in, c_out, a):
-    return nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode=a.padding)
+class ReflectPad(torch.autograd.Function):
+    """F.pad(x, sides, mode="reflect"), whose own gradient would keep x in memory only to know its shape."""
+    @staticmethod
+    def forward(ctx, x, sides):                                                           # (left, right, above, below)
+        ctx.sides = sides
+        return F.pad(x, sides, mode="reflect")
+
+    @staticmethod
+    def backward(ctx, g):
+        left, right, above, below = ctx.sides
+        inner = g[:, :, above:g.shape[2] - below, left:g.shape[3] - right]
+        return torch.ops.aten.reflection_pad2d_backward(g, inner, ctx.sides), None
+
+
+class Conv3x3(nn.Conv2d):                           # Sec. 5.2, corner artifact: "reflect" is the cure
+    def __init__(self, c_in, c_out, a):
+        super().__init__(c_in, c_out, 3, padding=1, padding_mode=a.padding)
+
+    def forward(self, x):
+        if self.padding_mode == "zeros":
+            return super().forward(x)
+        return F.conv2d(ReflectPad.apply(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
 class ResBlock(nn.Module):                          # Fig. 7: norm, swish, convolution, twice, and a shortcut
     def __init__(self, c_in, c_out, norm, a):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in, a), conv3x3(c_in, c_out, a)
-        self.norm2, self.conv2 = norm(c_out, a), conv3x3(c_out, c_out, a)
+        self.norm1, self.conv1 = norm(c_in, a), Conv3x3(c_in, c_out, a)
+        self.norm2, self.conv2 = norm(c_out, a), Conv3x3(c_out, c_out, a)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, z=None):                   # (b, c_in, h, w)
-        y = self.conv1(F.silu(self.norm1(x, z)))
-        y = self.conv2(F.silu(self.norm2(y, z)))
+        y = self.conv1(self.norm1(x, z, swish=True))
+        y = self.conv2(self.norm2(y, z, swish=True))
         return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)          # (b, c_out, h, w)
 
 
@@ -137,16 +179,16 @@ class AttnBlock(nn.Module):                         # Fig. 8: single-head self-a
 class Downsample(nn.Module):                        # not in the paper: padded on the right and below only, of MoVQGAN; reflect there too
     def __init__(self, channels, a):
         super().__init__()
-        self.conv, self.mode = nn.Conv2d(channels, channels, 3, stride=2), "reflect" if a.padding == "reflect" else "constant"
+        self.conv, self.pad = nn.Conv2d(channels, channels, 3, stride=2), ReflectPad.apply if a.padding == "reflect" else F.pad
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1), mode=self.mode))
+        return self.conv(self.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):                          # not in the paper: nearest neighbour, then a convolution, of MoVQGAN
     def __init__(self, channels, a):
         super().__init__()
-        self.conv = conv3x3(channels, channels, a)
+        self.conv = Conv3x3(channels, channels, a)
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -178,7 +220,7 @@ class Encoder(nn.Module):
     def __init__(self, a):
         super().__init__()
         widths = [a.width * m for m in a.width_mult]
-        self.conv_in = conv3x3(3, a.width, a)
+        self.conv_in = Conv3x3(3, a.width, a)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([a.width] + widths, widths)):
             self.down.append(Level(c_in, c_out, a.res_blocks, i in a.attention_levels, GroupNorm, a))
@@ -186,7 +228,7 @@ class Encoder(nn.Module):
                 self.down[i].downsample = Downsample(c_out, a)
         self.mid = middle(widths[-1], GroupNorm, a)
         self.norm_out = GroupNorm(widths[-1], a)
-        self.conv_out = conv3x3(widths[-1], a.latent_channels * (2 if a.double_z else 1), a)
+        self.conv_out = Conv3x3(widths[-1], a.latent_channels * (2 if a.double_z else 1), a)
 
     def forward(self, x):                                                       # (b, 3, h, w)
         x = self.conv_in(x)                                                     # (b, width, h, w)
@@ -196,7 +238,7 @@ class Encoder(nn.Module):
                 x = level.downsample(x)                                         # (b, width_mult[i] width, h/2^(i+1), w/2^(i+1))
         for block in self.mid.values():
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))                          # (b, 2k, h/f, w/f)
+        return self.conv_out(self.norm_out(x, swish=True))                          # (b, 2k, h/f, w/f)
 
 
 class Decoder(nn.Module):
@@ -204,7 +246,7 @@ class Decoder(nn.Module):
         super().__init__()
         norm = SpatialNorm if a.decoder_norm == "spatial" else GroupNorm
         widths = [a.width * m for m in a.width_mult]
-        self.conv_in = conv3x3(a.latent_channels, widths[-1], a)
+        self.conv_in = Conv3x3(a.latent_channels, widths[-1], a)
         self.mid = middle(widths[-1], norm, a)
         self.up = nn.ModuleList()                                               # up.0 has full resolution, so it runs last
         for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
@@ -212,7 +254,7 @@ class Decoder(nn.Module):
             if i > 0:
                 self.up[i].upsample = Upsample(c_out, a)
         self.norm_out = norm(widths[0], a)
-        self.conv_out = conv3x3(widths[0], 3, a)
+        self.conv_out = Conv3x3(widths[0], 3, a)
 
     def forward(self, x, z):                                                    # x (b, k, h/f, w/f); z conditions every norm
         x = self.conv_in(x)
@@ -222,7 +264,7 @@ class Decoder(nn.Module):
             x = level(x, z)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x, z)))                       # (b, 3, h, w)
+        return self.conv_out(self.norm_out(x, z, swish=True))                       # (b, 3, h, w)
 
 
 class Posterior:

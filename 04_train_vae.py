@@ -83,13 +83,13 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
     perceptual = losses.Perceptual(s.perceptual_net).to(device, memory_format=torch.channels_last)
     if s.perceptual_net == "untrained" and rank == 0:
         print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
-    vae.to(memory_format=torch.channels_last)               # as above, the layout convolutions are fastest in; values are the same
+    vae, disc = (net.to(memory_format=torch.channels_last) for net in (vae, disc))      # as above, the layout convolutions are fastest in
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
+    trained, judging = [p for p in vae.parameters() if p.requires_grad], list(disc.parameters())
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
     # not in the paper: Adam, one for each player, of MoVQGAN
     adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
-    optimizer, disc_optimizer = torch.optim.Adam(trained, **adam), torch.optim.Adam(disc.parameters(), **adam)
+    optimizer, disc_optimizer = torch.optim.Adam(trained, **adam), torch.optim.Adam(judging, **adam)
     step = 0
     if resume:
         step = resume["step"]
@@ -126,18 +126,17 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
                 x_hat, mean, logvar = vae_net(x, noise[part].to(device, non_blocking=True))
             x_hat, mean, logvar = x_hat.float(), mean.float(), logvar.float()
 
-            disc.requires_grad_(False)                      # the VAE's step leaves no gradient in the discriminator
-            total, terms = losses.total_loss(x, x_hat, mean, logvar, disc(x_hat), perceptual, s)    # Eq. 7
-            (total / s.accumulate).backward()
-
-            disc.requires_grad_(True)                       # and the discriminator's step none in the VAE: x_hat is detached
-            real, fake = disc_net(torch.cat([x, x_hat.detach()])).chunk(2)
+            # One look of the discriminator at x_hat serves both players, each backward pass reaching its own parameters only.
+            fake, real = disc_net(x_hat), disc_net(x)
             disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
-            (disc_loss / s.accumulate).backward()
+            (disc_loss / s.accumulate).backward(inputs=judging, retain_graph=True)
+            total, terms = losses.total_loss(x, x_hat, mean, logvar, fake, perceptual, s)           # Eq. 7
+            (total / s.accumulate).backward(inputs=trained)
             for name, value in dict(total=total, **terms, disc=disc_loss, d_real=real.mean(), d_fake=fake.mean()).items():
                 values[name] = values.get(name, 0) + value.detach() / s.accumulate
+            del real, disc_loss                             # and with them the graph that was retained
         values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
-        values["grad_disc"] = torch.nn.utils.clip_grad_norm_(disc.parameters(), s.clip)
+        values["grad_disc"] = torch.nn.utils.clip_grad_norm_(judging, s.clip)
         optimizer.step()
         disc_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
