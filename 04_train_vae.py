@@ -117,7 +117,8 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
         # Noise of the whole batch on the CPU, then this process's rows: the same on any device and number of processes.
         # (Of a seed, PyTorch's CPU generator looks at 32 bits: seed and step must differ within those.)
         noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=torch.Generator().manual_seed(1_000_003 * s.seed + step))
-        noise = noise[rank * share:(rank + 1) * share].split(micro)
+        noise = noise[rank * share:(rank + 1) * share]
+        noise = (noise.pin_memory() if device.type == "cuda" else noise).split(micro)      # copied without the host waiting
         values = {}
         for part in range(s.accumulate):
             vae_net.require_backward_grad_sync = disc_net.require_backward_grad_sync = part == s.accumulate - 1
@@ -225,16 +226,16 @@ def gather(values, world):
 
 def catch_signals():
     """After Ctrl-C or SIGTERM the returned function gives the signal's number, in all processes at the same step; a second Ctrl-C kills."""
-    caught = []
+    caught, asked = [], []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
 
     def stopping(device):
         if not dist.is_initialized():
             return caught[0] if caught else 0
-        flag = torch.tensor(float(caught[0] if caught else 0), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+        asked.append(torch.full((), float(caught[0] if caught else 0), device=device))
+        dist.all_reduce(asked[-1], op=dist.ReduceOp.MAX)
+        return int(asked.pop(0)) if len(asked) > 1 else 0       # what was asked a step ago: so the host need not wait for this step
     return stopping
 
 

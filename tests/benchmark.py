@@ -4,10 +4,12 @@
 
 Peers: diffusers' AutoencoderKL encoder with VQModel's spatial-norm decoder, and its Kandinsky5Transformer3DModel. Each pair runs step by step in turn;
 the ratio is the peer's time over ours (above 1: ours is faster), median of the pairs, with the quartiles. Peak memory is that of a process of its own.
-Prints one table and writes benchmark.json, where --out says.
+On a GPU each item is measured in fp32, bf16 and bf16 compiled, the peer always in the same; --bf16 and --compiled choose one.
+Prints tables and writes benchmark.json, where --out says.
 """
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,7 +43,8 @@ def backward(net, *inputs, autocast=False):
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast):
             out = net(*inputs)
         (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
-        net.zero_grad(set_to_none=True)
+        if hasattr(net, "zero_grad"):
+            net.zero_grad(set_to_none=True)
     return step
 
 
@@ -61,9 +65,9 @@ def peer_vae(a, norm):
     return net.to(a.device)
 
 
-def peer_decoder(norm, a, autocast=False):
-    z = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device)
-    return backward(peer_vae(a, norm).decoder, z, z.clone(), autocast=autocast) if norm == "spatial" else backward(peer_vae(a, norm).decoder, z, autocast=autocast)
+def peer_decoder(norm, a, compiled=False, autocast=False):
+    z, net = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device), peer_vae(a, norm).decoder
+    return backward(torch.compile(net) if compiled else net, *([z, z.clone()] if norm == "spatial" else [z]), autocast=autocast)
 
 
 def block(a, compiled=False, autocast=False):
@@ -110,13 +114,14 @@ def peer_step(a, run):
     perceptual.requires_grad_(False).eval()
     optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.5, 0.9)) for net in (vae, disc))
     ema, crops, s, seen = EMAModel(vae.parameters(), decay=0.9999), data.Crops(Path(run, "data", "train"), a.size, 0), losses.Losses(), iter(range(10 ** 9))
+    encoder, decoder = (torch.compile(net) if a.compiled else net for net in (vae.encoder, vae.decoder))
     autocast = lambda: torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.bf16)
     def step():
         x = losses.from_uint8(torch.stack([crops[next(seen)] for _ in range(a.batch)]).to(a.device))
         with autocast():
-            q = model.Posterior(*vae.encoder(x).chunk(2, dim=1))
+            q = model.Posterior(*encoder(x).chunk(2, dim=1))
             z = q.sample()
-            x_hat = vae.decoder(z, z)
+            x_hat = decoder(z, z)
         x_hat, mean, logvar = x_hat.float(), q.mean.float(), q.logvar.float()
         terms = [s.lambda_recon * F.mse_loss(x_hat, x), s.lambda_perc * perceptual(x, x_hat).mean(), s.lambda_kl * losses.kl_loss(mean, logvar),
                  s.lambda_adv * losses.adversarial_loss(disc(x_hat))]
@@ -142,9 +147,10 @@ def our_training(a, run, steps, between):
         def update(self): between()
         def write(self, line): pass
         def close(self): pass
-    perceptual = vgg()
+    perceptual, new = vgg(), tempfile.mkdtemp(dir=run)
+    Path(new, "data").symlink_to(Path(run, "data"))
     real, training.tqdm, losses.Perceptual = training.tqdm, Bar, lambda net: perceptual
-    settings = training.Settings(run=run, crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
+    settings = training.Settings(run=new, crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
                                  log_every=10 ** 6, val_every=10 ** 6, save_every=10 ** 6, compile=a.compiled, precision="bf16" if a.bf16 else "fp32")
     with contextlib.redirect_stdout(io.StringIO()):
         training.main(settings)
@@ -189,7 +195,7 @@ def whole_step(a, run):
 
 def peak(a, name, side):
     """GiB at the peak of two steps in a process of its own, weights and optimizer states too, above what it had after imports."""
-    line = [sys.executable, __file__, "--device", a.device, "--child", name, side] + (["--bf16"] if a.bf16 else []) + ["--width", str(a.width), "--size", str(a.size), "--batch", str(a.batch)]
+    line = [sys.executable, __file__, "--device", a.device, "--child", name, side] + ["--bf16"] * a.bf16 + ["--compiled"] * a.compiled + ["--width", str(a.width), "--size", str(a.size), "--batch", str(a.batch)]
     done = subprocess.run(line, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else sys.exit(done.stderr)
 
@@ -201,11 +207,105 @@ def memory(what):
 
 ITEMS = {   # name: (ours, peer), both functions of the arguments and a prepared run folder
     "decoder: spatial norm (ours) beside GroupNorm (ours)": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: decoder("group", a, a.compiled, a.bf16)),
-    "decoder: spatial norm, ours beside diffusers'": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: peer_decoder("spatial", a, a.bf16)),
-    "decoder: GroupNorm, ours beside diffusers'": (lambda a, run: decoder("group", a, a.compiled, a.bf16), lambda a, run: peer_decoder("group", a, a.bf16)),
+    "decoder: spatial norm, ours beside diffusers'": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: peer_decoder("spatial", a, a.compiled, a.bf16)),
+    "decoder: GroupNorm, ours beside diffusers'": (lambda a, run: decoder("group", a, a.compiled, a.bf16), lambda a, run: peer_decoder("group", a, a.compiled, a.bf16)),
     "04, a whole step": (None, peer_step),
     "07, a block of the paper's shape": (lambda a, run: block(a, a.compiled, a.bf16), lambda a, run: peer_block(a, a.compiled, a.bf16)),
 }
+
+
+# ---------------------------------------------------------------- what was tried: what stands in the scripts, beside what does not
+
+def layout(make, last):
+    """A step of a network on a picture, its weights and the picture in channels_last or not."""
+    def build(a):
+        net, form = make(a).to(a.device), torch.channels_last if last else torch.contiguous_format
+        x = (torch.rand(a.batch, 3, a.size, a.size, device=a.device) * 2 - 1).contiguous(memory_format=form)
+        return backward(net.to(memory_format=form), x)
+    return build
+
+
+def perceptual_only(a):
+    """LPIPS between x and x plus noise, as a function of x."""
+    net = vgg()
+    f = lambda x: net(x.detach(), x + 0.1 * torch.randn_like(x))
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        forward = lambda self, x: f(x)
+    return Loss()
+
+
+class Flat(nn.Module):
+    """The decoder with its latent made from a picture, so that it can be called like the others."""
+    def __init__(self, a):
+        super().__init__()
+        self.net = model.build(model.Architecture(width=a.width)).decoder
+
+    def forward(self, x):
+        z = F.avg_pool2d(x, 8).repeat(1, 6, 1, 1)[:, :16]
+        return self.net(z, z)
+
+
+def upsampling(transposed):
+    """Nearest neighbour and a convolution, as one transposed convolution with a 4 x 4 kernel: 4/9 of the multiplications, equal up to rounding."""
+    def build(a):
+        c = 2 * a.width
+        conv, x = model.Upsample(c, model.Architecture()).to(a.device, memory_format=torch.channels_last), torch.randn(a.batch, c, a.size // 2, a.size // 2, device=a.device)
+        x, w, box = x.contiguous(memory_format=torch.channels_last), conv.conv.weight, torch.ones(1, 1, 2, 2, device=a.device)
+        class Transposed(nn.Module):
+            def forward(self, x):
+                kernel = F.conv_transpose2d(w.flip(2, 3).transpose(0, 1).reshape(-1, 1, 3, 3), box).reshape(c, c, 4, 4)
+                return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, conv.conv.bias, stride=2, padding=3)
+        assert (Transposed()(x) - conv(x)).abs().max() < 1e-3
+        return backward(Transposed() if transposed else conv, x)
+    return build
+
+
+def operation(f):
+    """f of a full-size map of the decoder, without gradients."""
+    def build(a):
+        x = torch.randn(a.batch, a.width, a.size, a.size, device=a.device).contiguous(memory_format=torch.channels_last)
+        return lambda: f(x)
+    return build
+
+
+def trunk_in_bf16(a, run):
+    """The gradient of LPIPS (real weights) with its trunk in bf16: its cosine with that in float32, for pictures a little blurred, with little noise, with much."""
+    net, cosines = losses.Perceptual("vgg").to(a.device), []
+    x = losses.from_uint8(data.val_crops(run, a.size, a.batch).to(a.device))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(a.device)
+    for y in (losses.blur(x, 0.25), x + 0.02 * noise, x + 0.2 * noise):
+        gradients = []
+        for enabled in (False, True):
+            y = y.detach().requires_grad_()
+            with torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=enabled):
+                net(x, y).backward()
+            gradients.append(y.grad.flatten())
+        cosines.append(F.cosine_similarity(*gradients, dim=0).item())
+    return cosines
+
+
+networks = {"encoder": lambda a: model.build(model.Architecture(width=a.width)).encoder, "decoder": Flat,
+            "LPIPS (VGG)": perceptual_only, "discriminator": lambda a: losses.Discriminator(64, 2)}
+TRIED = {f"{name}: channels_last, plain layout": (layout(make, True), layout(make, False)) for name, make in networks.items()} | {
+    "VAE: as it is, torch.compile": (layout(lambda a: model.build(model.Architecture(width=a.width)), True), layout(lambda a: torch.compile(model.build(model.Architecture(width=a.width))), True)),
+    "up-sampling: interpolation and convolution, one transposed convolution": (upsampling(False), upsampling(True)),
+    "sum over 8 x 8 blocks: pooling, sum": (operation(lambda x: F.avg_pool2d(x, 8) * 64), operation(lambda x: x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).sum((3, 5)))),
+    "a group's variance: means of x and its square, torch.var_mean": (operation(lambda x: (x.mean((2, 3)), x.square().mean((2, 3)))), operation(lambda x: torch.var_mean(x, (2, 3)))),
+}
+
+
+def tried(a, run):
+    print("\n| tried: taken, other | taken, ms | other, ms | other / taken (quartiles) |\n|---|---|---|---|")
+    rows = {}
+    for name, (ours, other) in TRIED.items():
+        rows[name] = row = pair(ours(a), other(a), a)
+        print(f"| {name} | {1e3 * row['ours']:.1f} | {1e3 * row['peer']:.1f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |", flush=True)
+    rows["LPIPS gradient, bf16 trunk"] = cosines = trunk_in_bf16(a, run)
+    print("LPIPS with its trunk in bf16: cosine of its gradient with float32's, for a slight blur, little noise, much noise: " + ", ".join(f"{c:.2f}" for c in cosines))
+    return rows
 
 
 # ---------------------------------------------------------------- how cost grows, the loader, several processes
@@ -217,34 +317,39 @@ def whole_vae(a, run):
 
 
 def attention_share(a):
-    net, spent = model.build(model.Architecture(width=a.width)).to(a.device, memory_format=torch.channels_last), []
+    """Attention's share of the forward pass: of its time, and of the multiplications of the paper's width."""
+    spent = []
+    def timed(f, x, z=None):
+        out = []
+        spent.append(clock(lambda: out.append(f(x, z)), a.device))
+        return out[0]
+    net = model.build(model.Architecture(width=a.width)).to(a.device, memory_format=torch.channels_last)
     for m in net.modules():
         if isinstance(m, model.AttnBlock):
-            f = m.forward
-            def timed(x, z=None, f=f):
-                out = []
-                spent.append(clock(lambda: out.append(f(x, z)), a.device))
-                return out[0]
-            m.forward = timed
+            m.forward = functools.partial(timed, m.forward)
     x = torch.rand(a.batch, 3, a.size, a.size, device=a.device)
     with torch.no_grad():
-        net(x)
-        spent.clear()
-        return (lambda total: sum(spent) / total)(clock(lambda: net(x), a.device))
+        total = clock(lambda: net(x), a.device)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.build(model.Architecture())(torch.empty(1, 3, a.size, a.size))
+    flops = counter.get_flop_counts()
+    attention = sum(v for name, per in flops.items() if name.split(".")[-1].isdigit() and ".attn." in f".{name}." or name.endswith("attn_1") for v in per.values())
+    return sum(spent) / total, attention / counter.get_total_flops()
 
 
 def growth(a):
     """Seconds and GiB of the VAE's forward and backward against size, width and batch, one at a time."""
-    print("\n| picture, px | width | batch | s | s a megapixel | GiB | attention's share |\n|---|---|---|---|---|---|---|")
+    print("\n| picture, px | width | batch | s | s a megapixel | GiB | attention, share of forward's time | of its FLOPs at width 128 |\n|---|---|---|---|---|---|---|---|")
     rows, base = [], dict(size=256, width=a.width, batch=1)
     for change in [dict(size=n) for n in (128, 256, 512, 1024)] + [dict(width=a.width * 2)] + [dict(batch=n) for n in (2, 4)]:
         b = argparse.Namespace(**(vars(a) | base | change))
         step = whole_vae(b, None)
-        step()
-        seconds = statistics.median(clock(step, a.device) for _ in range(3))
+        if b.size < 1024:                                   # a minute a step on a CPU, where a first one is not much slower than others
+            step()
+        seconds = statistics.median(clock(step, a.device) for _ in range(5 if b.size < 1024 else 1))
         row = dict(size=b.size, width=b.width, batch=b.batch, seconds=seconds, gib=peak(b, "vae", "ours"), attention=attention_share(b))
         rows.append(row)
-        print(f"| {b.size} | {b.width} | {b.batch} | {seconds:.2f} | {seconds / (b.batch * b.size ** 2 / 1e6):.2f} | {row['gib']:.2f} | {row['attention']:.2f} |", flush=True)
+        print(f"| {b.size} | {b.width} | {b.batch} | {seconds:.2f} | {seconds / (b.batch * b.size ** 2 / 1e6):.1f} | {row['gib']:.2f} | {row['attention'][0]:.2f} | {row['attention'][1]:.2f} |", flush=True)
     return rows
 
 
@@ -262,20 +367,52 @@ def loader(a, run):
 
 
 def processes(a, run):
-    """04 under torchrun with 1, 2, ... processes of one thread each (CPU) or one GPU each, the same pictures for each process."""
-    rows, most = {}, torch.cuda.device_count() if a.device.startswith("cuda") else os.cpu_count()
+    """04 under torchrun with 1, 2, ... processes of one thread each (CPU) or one GPU each, the same pictures for each process;
+    beside it as many runs that share nothing but the machine: what they lose it is that limits, the rest is communication."""
+    def start(n, batch):
+        out = tempfile.mkdtemp(dir=run)
+        Path(out, "data").symlink_to(Path(run, "data"))
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", "04_train_vae.py", "--run", out, "--width", str(a.width), "--crop", "240", "--batch", str(batch),
+                "--steps", "30", "--log-every", "15", "--val-every", "100", "--val-pictures", "1", "--latent-pictures", "1", "--workers", "0", "--perceptual-net", "untrained", "--device", a.device]
+        return out, subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    def rate(runs):
+        if any(process.wait() for _, process in runs):
+            sys.exit("04_train_vae.py failed under torchrun")
+        return sum(data.read_jsonl(Path(out, "log.jsonl"))[-1]["pictures_per_second"] for out, _ in runs)
+    most, rows = torch.cuda.device_count() if a.device.startswith("cuda") else os.cpu_count(), {}
+    print("\n| processes | together, pictures a second | of as many times one | apart | of as many times one |\n|---|---|---|---|---|")
     for n in [n for n in (1, 2, 4, 8) if n <= most]:
-        out = Path(run, f"processes{n}")
-        out.mkdir()
-        (out / "data").symlink_to(Path(run, "data"))
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", "04_train_vae.py", "--run", str(out), "--width", str(a.width),
-                               "--groups", "32" if a.width % 32 == 0 else "8", "--crop", "240", "--batch", str(a.batch * n), "--steps", "12", "--log-every", "6", "--val-every", "100", "--val-pictures", "1",
-                               "--latent-pictures", "1", "--workers", "0", "--device", a.device], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            sys.exit(done.stderr)
-        rows[n] = [line for line in data.read_jsonl(out / "log.jsonl")][-1]["pictures_per_second"]
-    print("\n04 under torchrun, pictures a second by processes: " + ", ".join(f"{n}: {v:.2f} ({v / n / rows[1]:.2f} of {n} times one)" for n, v in rows.items()))
+        together, apart = rate([start(n, a.batch * n)]), None if a.device.startswith("cuda") else rate([start(1, a.batch) for _ in range(n)])
+        rows[n] = dict(together=together, apart=apart)
+        print(f"| {n} | {together:.2f} | {together / n / rows[1]['together']:.2f} |" + (f" {apart:.2f} | {apart / n / rows[1]['apart']:.2f} |" if apart else " | |"), flush=True)
     return rows
+
+
+PEAK = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}          # TFLOP/s in bf16 without sparsity, of the makers' data sheets
+
+
+def utilisation(a):
+    """What 07's loss and its gradients make of the device: the paper's 2 B network on a GPU, small's on a CPU, 256 px, full prompts."""
+    on_gpu = a.device.startswith("cuda")
+    n = dit.Network() if on_gpu else dit.Network(width=512, ff_width=2048, time_width=256, blocks=12)
+    with torch.device(a.device):
+        net, b = dit.build(n), a.batch
+        x, noise, t, tokens, pooled = torch.randn(b, 16, 32, 32), torch.randn(b, 16, 32, 32), torch.rand(b), torch.randn(b, n.text_length, n.text_width), torch.randn(b, n.pooled_width)
+        mask = torch.ones(b, n.text_length, dtype=torch.bool)
+    def step(f=net):
+        with torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.bf16):
+            loss = dit.flow_loss(f, x, noise, t, tokens, mask, pooled).mean()
+        loss.backward()
+        net.zero_grad(set_to_none=True)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    f = torch.compile(net) if a.compiled else net
+    step(f)
+    seconds = statistics.median(clock(lambda: step(f), a.device) for _ in range(a.repeats))
+    rate = counter.get_total_flops() / seconds / 1e12
+    peak = next((v for k, v in PEAK.items() if on_gpu and k in torch.cuda.get_device_name()), None)
+    print(f"\n07, {model.count(net):,} parameters, batch {b}: {seconds:.3f} s, {rate:.2f} TFLOP/s" + (f", {rate / peak:.0%} of {peak}" if peak and a.bf16 else ""))
+    return dict(seconds=seconds, tflops=rate, share=rate / peak if peak and a.bf16 else None)
 
 
 def prepare(folder):
@@ -313,22 +450,26 @@ def main():
             print(torch.cuda.max_memory_allocated() / 2 ** 30 if a.device.startswith("cuda") else (memory("VmHWM") - before) / 2 ** 30)
             return
         prepare(run)
-        device = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-        print(f"{device}, PyTorch {torch.__version__}, {'bf16' if a.bf16 else 'fp32'}{', compiled' if a.compiled else ''}; width {a.width}, {a.size} px, batch {a.batch}\n"
-              f"| item | ours, ms | peer, ms | peer / ours, median (quartiles) | GiB: ours | peer |\n|---|---|---|---|---|---|")
-        rows = {}
-        for name, (ours, peer) in ITEMS.items():
-            if a.only not in name:
-                continue
-            row = whole_step(a, run) if name.startswith("04") else pair(ours(a, run), peer(a, run), a)
-            row |= {f"memory_{side}": peak(a, name, side) for side in ("ours", "peer")}
-            rows[name] = row
-            print(f"| {name} | {1e3 * row['ours']:.0f} | {1e3 * row['peer']:.0f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}, {row['pairs']} pairs) "
-                  f"| {row['memory_ours']:.2f} | {row['memory_peer']:.2f} |", flush=True)
-        for name, measure in (("growth", lambda: growth(a)), ("loader", lambda: loader(a, run)), ("processes", lambda: processes(a, run))):
+        device, rows = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads", {}
+        every = [(False, False), (True, False), (True, True)] if a.device.startswith("cuda") and not (a.bf16 or a.compiled) else [(a.bf16, a.compiled)]
+        for a.bf16, a.compiled in every:
+            kind = ("bf16" if a.bf16 else "fp32") + ", compiled" * a.compiled
+            print(f"\n{device}, PyTorch {torch.__version__}, {kind}; width {a.width}, {a.size} px, batch {a.batch}\n"
+                  f"| item | ours, ms | peer, ms | peer / ours, median (quartiles) | GiB: ours | peer |\n|---|---|---|---|---|---|")
+            for name, (ours, peer) in ITEMS.items():
+                if a.only not in name:
+                    continue
+                row = whole_step(a, run) if name.startswith("04") else pair(ours(a, run), peer(a, run), a)
+                row |= {f"memory_{side}": peak(a, name, side) for side in ("ours", "peer")}
+                rows[f"{name}, {kind}"] = row
+                print(f"| {name} | {1e3 * row['ours']:.0f} | {1e3 * row['peer']:.0f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}, {row['pairs']} pairs) "
+                      f"| {row['memory_ours']:.2f} | {row['memory_peer']:.2f} |", flush=True)
+            if a.only in "utilisation":
+                rows[f"utilisation, {kind}"] = utilisation(a)
+        for name, measure in (("tried", lambda: tried(a, run)), ("growth", lambda: growth(a)), ("loader", lambda: loader(a, run)), ("processes", lambda: processes(a, run))):
             if a.only in name:
                 rows[name] = measure()
-    Path(a.out).write_text(json.dumps(dict(device=device, torch=torch.__version__, settings={k: v for k, v in vars(a).items() if k != "child"}, rows=rows), indent=1))
+    Path(a.out).write_text(json.dumps(dict(device=device, torch=torch.__version__, settings={k: v for k, v in vars(a).items() if k not in ("child", "bf16", "compiled")}, rows=rows), indent=1))
 
 
 if __name__ == "__main__":
