@@ -193,6 +193,18 @@ def whole_step(a, run):
     return summary(*zip(*times[2:-1]))                      # without the first two, and the last, which saves
 
 
+def step_flops(a):
+    """Multiplications and additions of one step of 04, without the optimizers'."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vae, disc, s = model.build(model.Architecture(width=a.width)), losses.Discriminator(64, 2), losses.Losses()
+        x = torch.empty(a.batch, 3, a.size, a.size)
+        x_hat, mean, logvar = vae(x, torch.empty(a.batch, 16, a.size // 8, a.size // 8))
+        fake, real = disc(x_hat), disc(x)
+        losses.discriminator_loss(real, fake).backward(inputs=list(disc.parameters()), retain_graph=True)
+        losses.total_loss(x, x_hat, mean, logvar, fake, vgg().to("meta"), s)[0].backward(inputs=list(vae.parameters()))
+    return counter.get_total_flops()
+
+
 def peak(a, name, side):
     """GiB at the peak of two steps in a process of its own, weights and optimizer states too, above what it had after imports."""
     line = [sys.executable, __file__, "--device", a.device, "--child", name, side] + ["--bf16"] * a.bf16 + ["--compiled"] * a.compiled + ["--width", str(a.width), "--size", str(a.size), "--batch", str(a.batch)]
@@ -378,7 +390,7 @@ def processes(a, run):
     def rate(runs):
         if any(process.wait() for _, process in runs):
             sys.exit("04_train_vae.py failed under torchrun")
-        return sum(data.read_jsonl(Path(out, "log.jsonl"))[-1]["pictures_per_second"] for out, _ in runs)
+        return sum(list(data.read_jsonl(Path(out, "log.jsonl")))[-1]["pictures_per_second"] for out, _ in runs)
     most, rows = torch.cuda.device_count() if a.device.startswith("cuda") else os.cpu_count(), {}
     print("\n| processes | together, pictures a second | of as many times one | apart | of as many times one |\n|---|---|---|---|---|")
     for n in [n for n in (1, 2, 4, 8) if n <= most]:
@@ -461,9 +473,12 @@ def main():
                     continue
                 row = whole_step(a, run) if name.startswith("04") else pair(ours(a, run), peer(a, run), a)
                 row |= {f"memory_{side}": peak(a, name, side) for side in ("ours", "peer")}
+                row |= dict(flops=step_flops(a)) if name.startswith("04") else {}
                 rows[f"{name}, {kind}"] = row
                 print(f"| {name} | {1e3 * row['ours']:.0f} | {1e3 * row['peer']:.0f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}, {row['pairs']} pairs) "
                       f"| {row['memory_ours']:.2f} | {row['memory_peer']:.2f} |", flush=True)
+                if "flops" in row:
+                    print(f"(a step of ours: {row['flops'] / 1e9:.0f} GFLOP, {row['flops'] / row['ours'] / 1e9:.0f} a second)")
             if a.only in "utilisation":
                 rows[f"utilisation, {kind}"] = utilisation(a)
         for name, measure in (("tried", lambda: tried(a, run)), ("growth", lambda: growth(a)), ("loader", lambda: loader(a, run)), ("processes", lambda: processes(a, run))):
