@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, command, refused
+from conftest import ROOT, refused
 
 TINY = dict(width=8, width_mult=(1, 2, 2, 4), res_blocks=1, groups=4, latent_channels=16, attention_levels=(3,))
 FLUX = dict(width_mult=(1, 2, 4, 4), attention_levels=(), padding="zeros", decoder_norm="group")
@@ -307,17 +307,18 @@ def test_bad_files(model, tmp_path, capsys):
     assert "run 04_train_vae.py first" in refused(lambda: model.read_checkpoint(tmp_path / "vae.pt", ("04_train_vae",)), capsys)
 
 
-def test_table(model):
+def test_table(model, capsys):
     """`python 02_model.py` counts what is there: rows add up to the network."""
-    done = command("02_model.py", "--preset", "demo", "--size", "64", check=0)
-    total = next(line for line in done.stdout.splitlines() if line.startswith("total"))
+    model.main(model.Settings(**model.PRESETS["demo"], size=64))
+    printed = capsys.readouterr().out
+    total = next(line for line in printed.splitlines() if line.startswith("total"))
     with torch.device("meta"):
         vae = model.build(model.Settings(**model.PRESETS["demo"]))
     rows = model.describe(vae, 64)
     assert sum(r[2] for r in rows) == model.count(vae) and f"{model.count(vae):,}" in total
     conv_in = rows[0]
     assert conv_in[0] == "encoder.conv_in" and conv_in[3] == 64 * 64 * 3 * 9 * model.PRESETS["demo"]["width"]
-    assert "receptive field" in done.stdout
+    assert "receptive field" in printed
 
 
 if __name__ == "__main__":
