@@ -340,8 +340,8 @@ def draw_activations(path, vaes, pictures):
 def main(s):
     if s.dry_run:
         return data.print_settings(s)
-    if s.size < 64:
-        data.stop(f"--size {s.size} must be at least 64: the meters need an interior beside a frame of 16 pixels")
+    if s.size < 64 or 0 < s.resize < s.size:
+        data.stop(f"--size {s.size} must be at least 64, for an interior beside a frame of 16 pixels, and at most --resize {s.resize or s.size} (0: as --size)")
     device, run = model.pick_device(s.device), Path(s.run)
     specs = s.vae or tuple(str(run / n) for n in ("vae.pt", "vae_finetuned.pt") if (run / n).is_file()) or (str(run / "vae.pt"),)
     perceptual = losses.Perceptual(s.perceptual_net).to(device)

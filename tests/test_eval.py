@@ -183,7 +183,8 @@ def test_activation_norms_see_a_droplet(evaluation, model):
 def test_sentences(evaluation, model, run, tmp_path_factory, capsys):
     own_file(model, run / "vae.pt")
     assert "--size 36" in refused(lambda: evaluation.main(settings(evaluation, run, size=36)), capsys)
-    assert "multiple of 8" in refused(lambda: evaluation.main(settings(evaluation, run, size=68)), capsys)
+    assert "at most --resize 64" in refused(lambda: evaluation.main(settings(evaluation, run, size=96, resize=64)), capsys)
+    assert "multiple of 8" in refused(lambda: evaluation.main(settings(evaluation, run, size=68, resize=0)), capsys)
     assert "positive number" in refused(lambda: evaluation.main(settings(evaluation, run, vae=("jpeg:x",))), capsys)
     assert "run 04_train_vae.py first" in refused(lambda: evaluation.main(settings(evaluation, run, vae=(str(run / "none.pt"),))), capsys)
     assert "diffusers:" in refused(lambda: evaluation.main(settings(evaluation, run, vae=("diffusers:" + str(run / "nothing"),))), capsys)
