@@ -238,7 +238,7 @@ class Encoder(nn.Module):
                 x = level.downsample(x)                                         # (b, width_mult[i] width, h/2^(i+1), w/2^(i+1))
         for block in self.mid.values():
             x = block(x)
-        return self.conv_out(self.norm_out(x, swish=True))                          # (b, 2k, h/f, w/f)
+        return self.conv_out(self.norm_out(x, swish=True))                      # (b, 2k, h/f, w/f)
 
 
 class Decoder(nn.Module):
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
             x = level(x, z)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(self.norm_out(x, z, swish=True))                       # (b, 3, h, w)
+        return self.conv_out(self.norm_out(x, z, swish=True))                   # (b, 3, h, w)
 
 
 class Posterior:

@@ -48,10 +48,10 @@ def backward(net, *inputs, autocast=False):
     return step
 
 
-def decoder(norm, a, compiled=False, autocast=False):
+def decoder(norm, a):
     net = model.build(model.Architecture(width=a.width, decoder_norm=norm)).decoder.to(a.device, memory_format=torch.channels_last)
     z = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device)
-    return backward(torch.compile(net) if compiled else net, z, z.clone(), autocast=autocast)
+    return backward(torch.compile(net) if a.compiled else net, z, z.clone(), autocast=a.bf16)
 
 
 def peer_vae(a, norm):
@@ -65,12 +65,12 @@ def peer_vae(a, norm):
     return net.to(a.device)
 
 
-def peer_decoder(norm, a, compiled=False, autocast=False):
+def peer_decoder(norm, a):
     z, net = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device), peer_vae(a, norm).decoder
-    return backward(torch.compile(net) if compiled else net, *([z, z.clone()] if norm == "spatial" else [z]), autocast=autocast)
+    return backward(torch.compile(net) if a.compiled else net, *([z, z.clone()] if norm == "spatial" else [z]), autocast=a.bf16)
 
 
-def block(a, compiled=False, autocast=False):
+def block(a):
     """One visual block of the paper's shape at 256 px: 256 patches, 256 text tokens."""
     n = dit.Network()
     net = dit.Block(n, cross=True).to(a.device)
@@ -78,13 +78,13 @@ def block(a, compiled=False, autocast=False):
     x, c, text = (torch.randn(a.batch, *s, device=a.device) for s in ((256, n.width), (n.time_width,), (256, n.width)))
     for p in net.modulation.parameters():
         nn.init.normal_(p, std=0.02)
-    f = torch.compile(net) if compiled else net
+    f = torch.compile(net) if a.compiled else net
     net_forward = lambda x, c, text: f(x, c, turn, None, text, None)
     net_forward.zero_grad = net.zero_grad
-    return backward(net_forward, x, c, text, autocast=autocast)
+    return backward(net_forward, x, c, text, autocast=a.bf16)
 
 
-def peer_block(a, compiled=False, autocast=False):
+def peer_block(a):
     from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D, Kandinsky5TransformerDecoderBlock
     n = dit.Network()
     net = Kandinsky5TransformerDecoderBlock(n.width, n.time_width, n.ff_width, sum(n.head_axes)).to(a.device)
@@ -92,10 +92,10 @@ def peer_block(a, compiled=False, autocast=False):
     x, c, text = (torch.randn(a.batch, *s, device=a.device) for s in ((256, n.width), (n.time_width,), (256, n.width)))
     for p in net.visual_modulation.parameters():
         nn.init.normal_(p, std=0.02)
-    f = torch.compile(net) if compiled else net
+    f = torch.compile(net) if a.compiled else net
     net_forward = lambda x, c, text: f(x, text, c, rope, None)
     net_forward.zero_grad = net.zero_grad
-    return backward(net_forward, x, c, text, autocast=autocast)
+    return backward(net_forward, x, c, text, autocast=a.bf16)
 
 
 def vgg():
@@ -139,6 +139,13 @@ def peer_step(a, run):
     return step
 
 
+def fresh(run):
+    """A new run folder on the same pictures."""
+    out = tempfile.mkdtemp(dir=run)
+    Path(out, "data").symlink_to(Path(run, "data"))
+    return out
+
+
 def our_training(a, run, steps, between):
     """04 itself for some steps, with `between` called after each."""
     class Bar:
@@ -147,10 +154,9 @@ def our_training(a, run, steps, between):
         def update(self): between()
         def write(self, line): pass
         def close(self): pass
-    perceptual, new = vgg(), tempfile.mkdtemp(dir=run)
-    Path(new, "data").symlink_to(Path(run, "data"))
+    perceptual = vgg()
     real, training.tqdm, losses.Perceptual = training.tqdm, Bar, lambda net: perceptual
-    settings = training.Settings(run=new, crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
+    settings = training.Settings(run=fresh(run), crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
                                  log_every=10 ** 6, val_every=10 ** 6, save_every=10 ** 6, compile=a.compiled, precision="bf16" if a.bf16 else "fp32")
     with contextlib.redirect_stdout(io.StringIO()):
         training.main(settings)
@@ -218,11 +224,11 @@ def memory(what):
 
 
 ITEMS = {   # name: (ours, peer), both functions of the arguments and a prepared run folder
-    "decoder: spatial norm (ours) beside GroupNorm (ours)": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: decoder("group", a, a.compiled, a.bf16)),
-    "decoder: spatial norm, ours beside diffusers'": (lambda a, run: decoder("spatial", a, a.compiled, a.bf16), lambda a, run: peer_decoder("spatial", a, a.compiled, a.bf16)),
-    "decoder: GroupNorm, ours beside diffusers'": (lambda a, run: decoder("group", a, a.compiled, a.bf16), lambda a, run: peer_decoder("group", a, a.compiled, a.bf16)),
+    "decoder: spatial norm (ours) beside GroupNorm (ours)": (lambda a, run: decoder("spatial", a), lambda a, run: decoder("group", a)),
+    "decoder: spatial norm, ours beside diffusers'": (lambda a, run: decoder("spatial", a), lambda a, run: peer_decoder("spatial", a)),
+    "decoder: GroupNorm, ours beside diffusers'": (lambda a, run: decoder("group", a), lambda a, run: peer_decoder("group", a)),
     "04, a whole step": (None, peer_step),
-    "07, a block of the paper's shape": (lambda a, run: block(a, a.compiled, a.bf16), lambda a, run: peer_block(a, a.compiled, a.bf16)),
+    "07, a block of the paper's shape": (lambda a, run: block(a), lambda a, run: peer_block(a)),
 }
 
 
@@ -237,23 +243,21 @@ def layout(make, last):
     return build
 
 
-def perceptual_only(a):
+class Distance(nn.Module):
     """LPIPS between x and x plus noise, as a function of x."""
-    net = vgg()
-    f = lambda x: net(x.detach(), x + 0.1 * torch.randn_like(x))
-    class Loss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-        forward = lambda self, x: f(x)
-    return Loss()
+    def __init__(self, a):
+        super().__init__()
+        self.net = vgg()
+
+    def forward(self, x):
+        return self.net(x.detach(), x + 0.1 * torch.randn_like(x))
 
 
 class Flat(nn.Module):
     """The decoder with its latent made from a picture, so that it can be called like the others."""
     def __init__(self, a):
         super().__init__()
-        self.net = model.build(model.Architecture(width=a.width)).decoder
+        self.net = our_vae(a).decoder
 
     def forward(self, x):
         z = F.avg_pool2d(x, 8).repeat(1, 6, 1, 1)[:, :16]
@@ -299,10 +303,11 @@ def trunk_in_bf16(a, run):
     return cosines
 
 
-networks = {"encoder": lambda a: model.build(model.Architecture(width=a.width)).encoder, "decoder": Flat,
-            "LPIPS (VGG)": perceptual_only, "discriminator": lambda a: losses.Discriminator(64, 2)}
+our_vae = lambda a: model.build(model.Architecture(width=a.width))
+networks = {"encoder": lambda a: our_vae(a).encoder, "decoder": Flat,
+            "LPIPS (VGG)": Distance, "discriminator": lambda a: losses.Discriminator(64, 2)}
 TRIED = {f"{name}: channels_last, plain layout": (layout(make, True), layout(make, False)) for name, make in networks.items()} | {
-    "VAE: as it is, torch.compile": (layout(lambda a: model.build(model.Architecture(width=a.width)), True), layout(lambda a: torch.compile(model.build(model.Architecture(width=a.width))), True)),
+    "VAE: as it is, torch.compile": (layout(our_vae, True), layout(lambda a: torch.compile(our_vae(a)), True)),
     "up-sampling: interpolation and convolution, one transposed convolution": (upsampling(False), upsampling(True)),
     "sum over 8 x 8 blocks: pooling, sum": (operation(lambda x: F.avg_pool2d(x, 8) * 64), operation(lambda x: x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).sum((3, 5)))),
     "a group's variance: means of x and its square, torch.var_mean": (operation(lambda x: (x.mean((2, 3)), x.square().mean((2, 3)))), operation(lambda x: torch.var_mean(x, (2, 3)))),
@@ -324,7 +329,7 @@ def tried(a, run):
 
 def whole_vae(a, run):
     """Forward and backward of the VAE alone, and the share of its time that attention takes in the forward pass."""
-    net = model.build(model.Architecture(width=a.width)).to(a.device, memory_format=torch.channels_last)
+    net = our_vae(a).to(a.device, memory_format=torch.channels_last)
     return backward(net, torch.rand(a.batch, 3, a.size, a.size, device=a.device), torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device), autocast=a.bf16)
 
 
@@ -335,7 +340,7 @@ def attention_share(a):
         out = []
         spent.append(clock(lambda: out.append(f(x, z)), a.device))
         return out[0]
-    net = model.build(model.Architecture(width=a.width)).to(a.device, memory_format=torch.channels_last)
+    net = our_vae(a).to(a.device, memory_format=torch.channels_last)
     for m in net.modules():
         if isinstance(m, model.AttnBlock):
             m.forward = functools.partial(timed, m.forward)
@@ -382,8 +387,7 @@ def processes(a, run):
     """04 under torchrun with 1, 2, ... processes of one thread each (CPU) or one GPU each, the same pictures for each process;
     beside it as many runs that share nothing but the machine: what they lose it is that limits, the rest is communication."""
     def start(n, batch):
-        out = tempfile.mkdtemp(dir=run)
-        Path(out, "data").symlink_to(Path(run, "data"))
+        out = fresh(run)
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", "04_train_vae.py", "--run", out, "--width", str(a.width), "--crop", "240", "--batch", str(batch),
                 "--steps", "30", "--log-every", "15", "--val-every", "100", "--val-pictures", "1", "--latent-pictures", "1", "--workers", "0", "--perceptual-net", "untrained", "--device", a.device]
         return out, subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
