@@ -30,6 +30,7 @@ class Settings:
     min_side: int = 720           # Sec. 5.1: HD sources; a shorter side below this is rejected
     min_score: float = 4.5        # Sec. 5.1: keep aesthetic scores > 4.5; not in the paper: a picture without a score is kept
     resize: int = 480             # Sec. 5.1: shorter side after the bicubic resize
+    interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"   # Sec. 5.1, which warns of nearest
     crop: int = 240               # Sec. 5.1: cropped at training time (04); here only --compare crops
     val_share: float = 0.01       # not in the paper: 1% is enough to validate on and costs little
     count: int = 10_000           # not in the paper: scenes to draw when --images is "synthetic"
@@ -117,7 +118,7 @@ def prepare(name, parts, settings):
         if score is not None and score <= settings.min_score:
             raise ValueError(f"aesthetic score {score:g} is not above {settings.min_score:g}")
         x, (width, height) = to_rgb(parts, settings)
-        x = resize_shorter(x, settings.resize)                                          # (3, h, w), uint8
+        x = resize_shorter(x, settings.resize, InterpolationMode(settings.interpolation))  # (3, h, w), uint8
         # The split looks at the bare name alone, so it never changes as a folder grows or moves.
         digest = lambda text: hashlib.sha256(os.fsencode(text)).hexdigest()
         split = "val" if int(digest(os.path.basename(name))[:8], 16) / 2 ** 32 < settings.val_share else "train"
@@ -396,8 +397,7 @@ def stop(sentence):
 
 def parse_cli(Settings, presets, doc, argv=None):
     """A Settings from the command line: default < preset < flag. A flag for each field, its comment as the help text."""
-    types = typing.get_type_hints(Settings)
-    notes = {}
+    types, notes = typing.get_type_hints(Settings), {}
     for cls in reversed(Settings.__mro__[:-1]):
         notes |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -231,8 +231,8 @@ def open_model(spec, s, device):
     def reconstruct(x):
         q = vae.encode(x)
         return vae.decode(q.sample(noise(q)) if s.sample else q.mean)
-    alone = sum(Path(v).stem == Path(spec).stem for v in s.vae) < 2
-    return Path(spec).stem if alone else spec, reconstruct, vae
+    alike = [os.path.abspath(Path(v).parent) for v in s.vae if Path(v).stem == Path(spec).stem]
+    return os.path.relpath(spec, os.path.commonpath(alike)) if len(alike) > 1 else Path(spec).stem, reconstruct, vae
 
 
 def read_pictures(s, skipped):

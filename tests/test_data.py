@@ -139,13 +139,14 @@ def test_resize_is_antialiased_bicubic(data):
     assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - pillow).max() <= 1
 
 
-def test_stored_pictures_are_lossless(data, tmp_path):
+@pytest.mark.parametrize("interpolation", ["bicubic", "nearest"])
+def test_stored_pictures_are_lossless(data, tmp_path, interpolation):
     (tmp_path / "in").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "in" / "n.png")
-    record = data.prepare("n.png", {"picture": (tmp_path / "in" / "n.png").read_bytes}, settings(data, tmp_path, tmp_path))
-    x = data.read_picture(tmp_path / "data" / record["split"], record["file_name"])
-    assert torch.equal(x, data.resize_shorter(torch.from_numpy(noise).permute(2, 0, 1), 32))
+    record = data.prepare("n.png", {"picture": (tmp_path / "in" / "n.png").read_bytes}, settings(data, tmp_path, tmp_path, interpolation=interpolation))
+    x, original = data.read_picture(tmp_path / "data" / record["split"], record["file_name"]), torch.from_numpy(noise).permute(2, 0, 1)
+    assert torch.equal(x, data.resize_shorter(original, 32) if interpolation == "bicubic" else original[:, ::2, ::2])
 
 
 def test_resume_does_only_what_is_missing(data, tmp_path):

@@ -138,14 +138,18 @@ def test_rows(evaluation, model, losses, data, run):
 
 
 def test_folder_of_pictures(evaluation, model, run, tmp_path_factory, capsys):
-    """--images with a broken file among them: passed over, named, and the rest is measured; --pictures limits."""
+    """--images with a broken file among them: passed over, named, and the rest is measured; --pictures limits; models of one file name are told apart by folder."""
     from PIL import Image
     images = tmp_path_factory.mktemp("images")
     for i in range(3):
         Image.effect_noise((80, 60), 60).convert("RGB").save(images / f"{i}.png")
     (images / "broken.jpg").write_bytes(b"x")
     own_file(model, run / "vae.pt")
-    rows = evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2",)))
+    for name in ("a", "b"):
+        own_file(model, images / name / "vae.pt")
+    alike = tuple(str(images / name / "vae.pt") for name in ("a", "b"))
+    rows = evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2", *alike)))
+    assert [r["name"] for r in rows] == ["bicubic:2", "a/vae.pt", "b/vae.pt"]
     assert rows[0]["pictures"] == 3 and "passed over broken.jpg" in capsys.readouterr().err
     assert evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2",), pictures=2))[0]["pictures"] == 2
 
