@@ -14,7 +14,10 @@ SCRIPTS = sorted(ROOT.glob("0[1-9]_*.py"))
 
 
 def commands():
-    """Every command line in the README that runs one of the scripts, loops and torchrun unrolled."""
+    """Every command line in the README that runs one of the scripts, loops and torchrun unrolled; the study's rows are 04's."""
+    base = re.search(r'^base="(.*)"', README, re.M)[1]
+    for row, flags in re.findall(r"^  (?:from=\S+ +)?row (\S+) *([^#\n]*)", README, re.M):
+        yield "04_train_vae.py", flags.replace("$base", base)
     for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             loop = re.search(r"for s in ([\w ]+); do (.*?)(\|\||;)", line)
