@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,6 @@ def read(study):
         row, _, seed = folder.rpartition("-")
         rows.setdefault("05" if file == "vae_finetuned.pt" else row, {})[seed] = r
     return {row: rows[row] for row in ROWS if row in rows}
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def change(rows, artifact, before, after):
