@@ -427,9 +427,9 @@ def print_settings(settings, **more):
 def check_settings(stored, now, free, what):
     """Stop where `now` differs from `stored` in anything that shapes the result; `free` names what may change."""
     stored, now = (json.loads(json.dumps(v)) for v in (stored, now))        # tuples and lists alike
-    for key in now.keys() & stored.keys() - free:
-        if now[key] != stored[key]:
-            stop(f"{what} was made with --{key.replace('_', '-')} {stored[key]}, now it is {now[key]}: keep the old value, or take another --run")
+    for key in sorted(now.keys() - free):
+        if now[key] != (old := stored.get(key, "unknown")):
+            stop(f"{what} was made with --{key.replace('_', '-')} {old}, now it is {now[key]}: keep the old value, or take another --run")
 
 
 def write_aside(path, write):

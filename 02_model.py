@@ -447,6 +447,10 @@ def pick_device(name):
         data.stop(f"--device {name} is not to be had here: {str(error).splitlines()[0]}")
 
 
+def loader_workers(number, device):             # processes for --workers; a CPU's cores are busy training
+    return number if number >= 0 else 8 if device.type == "cuda" else 0
+
+
 # ---------------------------------------------------------------- the network as a table
 
 def describe(vae, size):

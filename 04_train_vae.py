@@ -105,9 +105,8 @@ def train(s, stage, out, vae, disc, parent, resume, latents=None):
 
     crops = data.Crops(Path(s.run, "data", "train"), s.crop, s.seed)
     val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device)) if rank == 0 else None
-    workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     positions = ([t * s.batch + rank * share + a * micro + i for i in range(micro)] for t in range(step, s.steps) for a in range(s.accumulate))
-    loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
+    loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=model.loader_workers(s.workers, device), pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
     stopping = catch_signals()
     bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)

@@ -56,15 +56,14 @@ def main(s):
     device, resume = training.prepare(s, "05_finetune_decoder", out, parent)
     # Our own discriminator goes on; a peer's file has none, and a new one learns from the first step.
     file = model.read_checkpoint(source)
-    weights = file.get("disc")
-    if isinstance(weights, dict):
+    if isinstance(weights := file.get("disc"), dict):
         if file["latent_mean"] is None:
             data.stop(f"{source} is at step {file['step']} of its training: run {file['stage']}.py to its end first")
         if {k: w.shape for k, w in weights.items()} != {k: w.shape for k, w in disc.state_dict().items()}:
             data.stop(f"{source} has a discriminator of other --disc-width or --disc-layers than {s.disc_width} and {s.disc_layers}")
         disc.load_state_dict(weights)
-    known = vae.latent_mean is not None
-    training.train(s, "05_finetune_decoder", out, vae.to(device), disc.to(device), parent, resume, (vae.latent_mean, vae.latent_std) if known else None)
+    latents = None if vae.latent_mean is None else (vae.latent_mean, vae.latent_std)
+    training.train(s, "05_finetune_decoder", out, vae.to(device), disc.to(device), parent, resume, latents)
     if dist.is_initialized():
         dist.destroy_process_group()
     return out

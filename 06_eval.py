@@ -362,7 +362,6 @@ def main(s):
         "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of deviation 1.5, 11 x 11, over channels",
         "lpips": "untrained features (not LPIPS)" if s.perceptual_net == "untrained" else f"LPIPS ({s.perceptual_net})",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type}
-    written = ["eval.md", "eval.json", "eval.png"]
     for name, activations in draw_activations(run / "activations.png", vaes, pictures).items() if vaes else ():
         row = next(r for r in rows if r["name"] == name)
         row["activation_max_over_median"] = activations
@@ -385,8 +384,8 @@ def main(s):
             a, b = (vae.encode(x).mean for x in pictures[:2])
             tiles += [losses.to_uint8(vae.decode(torch.lerp(a, b, t / 6)))[0] for t in range(7)]
         data.save_sheet(run / "latents.png", tiles, 7, rows=[name[:14] for name in vaes])
-        written.append("latents.png")
-    print(f"wrote {', '.join(written)} in {run}")
+        print("wrote latents.png")
+    print(f"wrote eval.md, eval.json and eval.png in {run}")
     return rows
 
 

@@ -441,7 +441,7 @@ def cache(s, vae, vae_parent, device):
         files["tokens"][i, :len(tokens)], files["lengths"][i], files["pooled"][i] = tokens, len(tokens), pooled
     write(0, *empty)
     mean, std = vae.latent_mean[:, None, None], vae.latent_std[:, None, None]
-    squares, workers = Squares(s, [name for name, _ in lines]), (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
+    squares, workers = Squares(s, [name for name, _ in lines]), model.loader_workers(s.workers, device)
     bar = tqdm(total=len(lines), initial=made["done"], unit="picture", desc="latents", disable=rank > 0, **data.BAR)
     for start in range(made["done"], len(lines), CHUNK):
         end = min(start + CHUNK, len(lines))
@@ -602,12 +602,11 @@ def train(s, out, vae, vae_parent, folder, device, resume):
     prompts = prompts[::-(-len(prompts) // s.val_prompts)]
     scorer = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
     encoded = encode_once(s, prompts, device) if rank == 0 else {}
-    workers = (8 if device.type == "cuda" else 0) if s.workers < 0 else s.workers
     positions = ([i * s.batch + rank * share + a * micro + j for j in range(micro)] for i in range(step, s.steps) for a in range(s.accumulate))
     def collate(items):
         x, noise, t, text = zip(*items)
         return (torch.stack(x), torch.stack(noise), torch.stack(t), *pad(text, s.text_length if s.compile else 0))   # compiled: one length
-    loader = iter(DataLoader(Pairs(folder, s), batch_sampler=positions, collate_fn=collate, num_workers=workers,
+    loader = iter(DataLoader(Pairs(folder, s), batch_sampler=positions, collate_fn=collate, num_workers=model.loader_workers(s.workers, device),
                              pin_memory=device.type == "cuda", worker_init_fn=training.ignore_signals))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
     stopping = training.catch_signals()

@@ -283,4 +283,7 @@ def test_sentences(data, tmp_path, capsys):
     (tmp_path / "none" / "x.png").write_bytes(b"x")
     assert "data/train is empty" in refused(lambda: data.main(settings(data, tmp_path / "r", tmp_path / "none")), capsys)
     assert "--resize 32, now it is 40" in refused(lambda: data.main(settings(data, tmp_path / "r", tmp_path / "none", resize=40)), capsys)
+    kept = tmp_path / "r" / "data" / "settings.json"
+    kept.write_text(json.dumps({k: v for k, v in json.loads(kept.read_text()).items() if k != "interpolation"}))       # of a version that had no such flag
+    assert "--interpolation unknown" in refused(lambda: data.main(settings(data, tmp_path / "r", tmp_path / "none")), capsys)
     assert "run 01_data.py first" in refused(lambda: data.picture_names(tmp_path / "nothing", 32), capsys)
