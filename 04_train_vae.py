@@ -9,7 +9,7 @@ Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 
 The same command again goes on where the last one stopped, exactly: everything random is a function of (seed, step).
 """
-import copy, importlib, json, math, os, signal, sys, time
+import copy, datetime, importlib, json, math, os, signal, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -185,8 +185,7 @@ def validate(ema, x, perceptual, batch, picture):
         psnr.append(losses.psnr(part, x_hat))
         perc.append(perceptual(part, x_hat) * len(part))
         shown = torch.cat([shown, x_hat])[:8]
-    tiles = [losses.to_uint8(t) for t in torch.cat([x[:len(shown)], shown])]
-    data.save_sheet(picture, tiles, len(shown), rows=["original", "reconstruction"])
+    data.save_sheet(picture, [losses.to_uint8(t) for t in (*x[:len(shown)], *shown)], len(shown), rows=["original", "reconstruction"])
     return {"val_psnr": torch.cat(psnr).mean().item(), "val_perc": (sum(perc) / len(x)).item()}
 
 
@@ -254,7 +253,8 @@ def prepare(s, stage, out, parent, free=FREE):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while one loads a text encoder or looks at validation pictures; NCCL would give up after ten minutes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))
     world = dist.get_world_size() if dist.is_initialized() else 1
     if s.batch < 1 or s.batch % (world * s.accumulate):
         data.stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate {s.accumulate}")

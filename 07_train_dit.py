@@ -298,12 +298,12 @@ def sample(net, x, prompt, empty, steps, guidance, shift):
 
 @torch.no_grad()
 def draw(net, vae, encoded, prompts, s, size, steps, batch, autocast):
-    """A uint8 picture (3, size, size) for each prompt, as a list; `encoded` has them and the empty one; its noise is a function of (seed, its number) alone."""
+    """A uint8 picture (3, size, size) for each of the (number, prompt) pairs; `encoded` has them and the empty one; noise is a function of (seed, number) alone."""
     pictures, device, side = [], vae.latent_mean.device, size // vae.factor
     mean, std = vae.latent_mean[:, None, None], vae.latent_std[:, None, None]
-    for i in tqdm(range(0, len(prompts), batch), unit="batch", desc="sampling", disable=len(prompts) <= batch, **data.BAR):
-        some = prompts[i:i + batch]
-        noise = torch.stack([torch.randn(len(mean), side, side, generator=data.generator(s.seed, "sample", i + j)) for j in range(len(some))])
+    for i in tqdm(range(0, len(prompts), batch), unit="batch", desc="sampling", disable=len(prompts) <= batch or prompts[0][0] > 0, **data.BAR):   # one process has a bar
+        numbers, some = zip(*prompts[i:i + batch])
+        noise = torch.stack([torch.randn(len(mean), side, side, generator=data.generator(s.seed, "sample", n)) for n in numbers])
         prompt, empty = (tuple(v.to(device) for v in pad([encoded[p] for p in texts])) for texts in (some, [""] * len(some)))
         with autocast:
             z = sample(net, noise.to(device), prompt, empty, steps, s.guidance, s.shift)
@@ -595,13 +595,14 @@ def train(s, out, vae, vae_parent, folder, device, resume):
         model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), window=window.cpu())
     forward = torch.compile(net) if s.compile else net
     if world > 1:
-        forward = DistributedDataParallel(forward)
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)               # one copy of the gradients, not two
 
     scenes = is_scenes(s)
     prompts = scene_prompts() if scenes else [text for _, text in captions(s, "val")]
     prompts = prompts[::-(-len(prompts) // s.val_prompts)]
     scorer = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
-    encoded = encode_once(s, prompts, device) if rank == 0 else {}
+    mine = range(rank, len(prompts), world)                 # the numbers of those that this process draws
+    encoded = encode_once(s, [prompts[i] for i in mine], device)
     positions = ([i * s.batch + rank * share + a * micro + j for j in range(micro)] for i in range(step, s.steps) for a in range(s.accumulate))
     def collate(items):
         x, noise, t, text = zip(*items)
@@ -641,13 +642,17 @@ def train(s, out, vae, vae_parent, folder, device, resume):
             if not (math.isfinite(norm.item()) and window.isfinite().all()):
                 bar.close()
                 data.stop(f"step {step}: loss or gradient is not finite; {out} still holds the last good step: lower --lr, or use --precision fp32")
+        if looking:
+            drawn = [draw(ema, vae, encoded, [(i, prompts[i]) for i in mine], s, s.size, s.val_steps, min(micro, 64), autocast)] * world
+            if world > 1:
+                dist.all_gather_object(drawn, drawn[rank])
+            pictures = [drawn[i % world][i // world] for i in range(len(prompts))]
         if logging and rank == 0:
             sums, counts = window.tolist()
             entry = dict(stage="07_train_dit", step=step, loss=sum(sums) / sum(counts), grad=norm.item())
             entry |= {f"loss_t{i}": a / b if b else None for i, (a, b) in enumerate(zip(sums, counts))}
             entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
             if looking:
-                pictures = draw(ema, vae, encoded, prompts, s, s.size, s.val_steps, min(micro, 64), autocast)
                 entry |= follow(pictures, prompts, scenes, scorer)
                 sheet = slice(0, None, -(-len(prompts) // 12))
                 data.save_sheet(Path(s.run, "dit.png"), pictures[sheet], 4, captions=prompts[sheet])
@@ -707,7 +712,7 @@ def main_sample(s):
         if len(encoded[prompt][0]) == n.text_length:
             print(f"cut to {n.text_length} tokens: {' '.join(prompt.split())[:60]} ...")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=file["settings"]["precision"] == "bf16")
-    pictures = draw(net, vae, encoded, list(s.sample), s, file["settings"]["size"], s.steps, 16, autocast)
+    pictures = draw(net, vae, encoded, list(enumerate(s.sample)), s, file["settings"]["size"], s.steps, 16, autocast)
     out = Path(s.run, "sample.png")
     data.save_sheet(out, pictures, min(4, len(pictures)), captions=s.sample)
     print(f"wrote {out}: {len(pictures)} pictures of {path} at step {file['step']}")

@@ -253,6 +253,49 @@ class Distance(nn.Module):
         return self.net(x.detach(), x + 0.1 * torch.randn_like(x))
 
 
+class UnitDistance(torch.autograd.Function):
+    """LPIPS's distance of features f and g, (b, c, h, w), with its gradient in g written out: one map of their size is kept where autograd keeps five."""
+    @staticmethod
+    def forward(ctx, f, g, w):
+        length = lambda v: (v.square().sum(1, keepdim=True) + 1e-10).sqrt()
+        n, s = g[:, 0].numel(), 1 / length(g)
+        e = torch.addcmul(f / length(f), g, s, value=-1)
+        u = e * w[:, None, None]
+        distance = torch.dot(*(v.movedim(1, -1).flatten() for v in (e, u))) / n
+        along = torch.mul(u, g, out=e).sum(1, keepdim=True)
+        ctx.save_for_backward(u.mul_(s).addcmul_(g, along * s ** 3, value=-1).mul_(-2 / n))
+        return distance
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient * ctx.saved_tensors[0], None
+
+
+class WrittenOut(Distance):
+    def forward(self, x):
+        features = lambda v: self.net.lpips.net(self.net.lpips.scaling_layer(v))
+        y = x + 0.1 * torch.randn_like(x)
+        with torch.no_grad():
+            target = features(x)
+        return sum(UnitDistance.apply(f, g, lin.model[-1].weight.flatten()) for f, g, lin in zip(target, features(y), self.net.lpips.lins))
+
+
+def distance(written_out):
+    """LPIPS as it is or written out; both equal in value and gradient."""
+    def build(a):
+        nets, results = (Distance(a), WrittenOut(a)), []
+        nets[1].load_state_dict(nets[0].state_dict())
+        x = torch.rand(1, 3, 64, 64).requires_grad_()
+        for net in nets:
+            torch.manual_seed(0)
+            value = net(x)
+            results.append((value, *torch.autograd.grad(value, x)))
+        for one, other in zip(*results):
+            assert (one - other).abs().max() < 1e-5 * one.abs().max()
+        return layout(lambda a: nets[written_out], True)(a)
+    return build
+
+
 class Flat(nn.Module):
     """The decoder with its latent made from a picture, so that it can be called like the others."""
     def __init__(self, a):
@@ -308,6 +351,7 @@ networks = {"encoder": lambda a: our_vae(a).encoder, "decoder": Flat,
             "LPIPS (VGG)": Distance, "discriminator": lambda a: losses.Discriminator(64, 2)}
 TRIED = {f"{name}: channels_last, plain layout": (layout(make, True), layout(make, False)) for name, make in networks.items()} | {
     "VAE: as it is, torch.compile": (layout(our_vae, True), layout(lambda a: torch.compile(our_vae(a)), True)),
+    "LPIPS (VGG): distance by autograd, written out": (distance(False), distance(True)),
     "up-sampling: interpolation and convolution, one transposed convolution": (upsampling(False), upsampling(True)),
     "sum over 8 x 8 blocks: pooling, sum": (operation(lambda x: F.avg_pool2d(x, 8) * 64), operation(lambda x: x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).sum((3, 5)))),
     "a group's variance: means of x and its square, torch.var_mean": (operation(lambda x: (x.mean((2, 3)), x.square().mean((2, 3)))), operation(lambda x: torch.var_mean(x, (2, 3)))),

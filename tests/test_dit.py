@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, killed, refused
+from PIL import Image
 from test_model import formula_picture, formula_weights
 from test_train import same
 
@@ -464,7 +465,6 @@ def test_clip_score(dit, tmp_path):
 # ---------------------------------------------------------------- training
 
 def test_checkpoint_log_and_pictures(dit, model, whole):
-    from PIL import Image
     file = checkpoint(whole)
     assert file["step"] == 8 and file["parent"] == model.parent(whole / "vae.pt") and file["architecture"]["head_axes"] == (4, 10, 10)
     assert any(not torch.equal(file["model"][k], v) for k, v in file["ema"].items())
@@ -527,6 +527,9 @@ def test_accumulation_and_processes(dit, run, whole, tmp_path_factory):
     for other in (run, two):
         for i, (a, b) in enumerate(zip(log(other), log(whole), strict=True)):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5 if i == 0 else 5e-3), i
+    # Each of the two drew half of the prompts, and every picture stands where it belongs.
+    sheets = [torch.from_numpy(np.array(Image.open(folder / "dit.png"))).float() for folder in (two, whole)]
+    assert (sheets[0] - sheets[1]).abs().mean() < 0.5
     latents = [(folder / "latents" / "latents.npy").read_bytes() for folder in (two, whole)]
     assert len(latents[0]) == len(latents[1])
 
@@ -606,7 +609,6 @@ def test_pictures_with_captions_of_their_own(dit, model, data, tmp_path):
 
 def test_sample(dit, whole, capsys):
     """A labelled sheet of anything one can type; a picture depends on its prompt, place and seed, not on its neighbours."""
-    from PIL import Image
     draw = lambda *prompts, **more: dit.main(dit.Sampling(**(dict(run=str(whole), sample=prompts, steps=2) | more)))
     many = draw("a red star", "", "x " * 5000, "🦊 🦊", "שלום עולם")
     assert len(many) == 5 and all(p.shape == (3, 48, 48) and p.dtype == torch.uint8 for p in many)
