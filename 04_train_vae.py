@@ -253,8 +253,7 @@ def prepare(s, stage, out, parent, free=FREE):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # The others wait while one loads a text encoder or looks at validation pictures; NCCL would give up after ten minutes.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))   # a text encoder may load for long
     world = dist.get_world_size() if dist.is_initialized() else 1
     if s.batch < 1 or s.batch % (world * s.accumulate):
         data.stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate {s.accumulate}")

@@ -298,17 +298,23 @@ def sample(net, x, prompt, empty, steps, guidance, shift):
 
 @torch.no_grad()
 def draw(net, vae, encoded, prompts, s, size, steps, batch, autocast):
-    """A uint8 picture (3, size, size) for each of the (number, prompt) pairs; `encoded` has them and the empty one; noise is a function of (seed, number) alone."""
+    """A uint8 picture (3, size, size) for each prompt, as a list; its noise is a function of (seed, its number) alone.
+    Each process draws its share, prompts[rank::world], and gets all; `encoded` has that share and the empty prompt."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = list(enumerate(prompts))[rank::world]
     pictures, device, side = [], vae.latent_mean.device, size // vae.factor
     mean, std = vae.latent_mean[:, None, None], vae.latent_std[:, None, None]
-    for i in tqdm(range(0, len(prompts), batch), unit="batch", desc="sampling", disable=len(prompts) <= batch or prompts[0][0] > 0, **data.BAR):   # one process has a bar
-        numbers, some = zip(*prompts[i:i + batch])
+    for i in tqdm(range(0, len(mine), batch), unit="batch", desc="sampling", disable=len(mine) <= batch or rank > 0, **data.BAR):
+        numbers, some = zip(*mine[i:i + batch])
         noise = torch.stack([torch.randn(len(mean), side, side, generator=data.generator(s.seed, "sample", n)) for n in numbers])
         prompt, empty = (tuple(v.to(device) for v in pad([encoded[p] for p in texts])) for texts in (some, [""] * len(some)))
         with autocast:
             z = sample(net, noise.to(device), prompt, empty, steps, s.guidance, s.shift)
         pictures += list(losses.to_uint8(torch.cat([vae.decode(part) for part in (z * std + mean).split(8)])).cpu())
-    return pictures
+    shares = [pictures] * world
+    if world > 1:
+        dist.all_gather_object(shares, pictures)
+    return [shares[i % world][i // world] for i in range(len(prompts))]
 
 
 # ---------------------------------------------------------------- text (A.3.1)
@@ -365,8 +371,7 @@ ENCODERS = {"bytes": bytes_encoder, "qwen-clip": qwen_clip_encoder}
 
 def encode_once(n, prompts, device):
     """{prompt: its pair}, the empty prompt too; a large encoder does not stay in memory."""
-    texts = ["", *prompts]
-    return dict(zip(texts, ENCODERS[n.text_encoder](n, device)(texts)))
+    return dict(zip(texts := ["", *prompts], ENCODERS[n.text_encoder](n, device)(texts)))
 
 
 def pad(pairs, length=0):
@@ -524,8 +529,7 @@ def read_scene(picture):
     columns, mean = on.sum(0).clamp(min=1), share * (1 - share)
     striped = (columns * (dark.sum(0) / columns - share).square()).sum() / columns.sum() / mean.clamp(min=1e-6)
     pattern = "plain" if share < 0.07 else "striped" if striped > 0.5 else "dotted" if share < 0.33 else "checkered"
-    names = list(data.COLORS)
-    return names[color], shape, pattern, names[ground]
+    return [*data.COLORS][color], shape, pattern, [*data.COLORS][ground]
 
 
 def clip_scorer(name, device):
@@ -549,9 +553,7 @@ def follow(pictures, prompts, scenes, scorer):
     if scenes:
         right = torch.tensor([[a == b for a, b in zip(read_scene(p), itertools.compress(prompt.split(), (0, 1, 1, 0, 0, 1, 1)))] for p, prompt in zip(pictures, prompts)])
         result |= dict(zip(CHANCE, right.float().mean(0).tolist() + [right.all(1).float().mean().item()]))
-    if scorer:
-        result["clip_score"] = scorer(pictures, prompts)
-    return result
+    return result | ({"clip_score": scorer(pictures, prompts)} if scorer else {})
 
 
 def draw_curve(path, lines):
@@ -601,8 +603,7 @@ def train(s, out, vae, vae_parent, folder, device, resume):
     prompts = scene_prompts() if scenes else [text for _, text in captions(s, "val")]
     prompts = prompts[::-(-len(prompts) // s.val_prompts)]
     scorer = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
-    mine = range(rank, len(prompts), world)                 # the numbers of those that this process draws
-    encoded = encode_once(s, [prompts[i] for i in mine], device)
+    encoded = encode_once(s, prompts[rank::world], device)
     positions = ([i * s.batch + rank * share + a * micro + j for j in range(micro)] for i in range(step, s.steps) for a in range(s.accumulate))
     def collate(items):
         x, noise, t, text = zip(*items)
@@ -642,16 +643,12 @@ def train(s, out, vae, vae_parent, folder, device, resume):
             if not (math.isfinite(norm.item()) and window.isfinite().all()):
                 bar.close()
                 data.stop(f"step {step}: loss or gradient is not finite; {out} still holds the last good step: lower --lr, or use --precision fp32")
-        if looking:
-            drawn = [draw(ema, vae, encoded, [(i, prompts[i]) for i in mine], s, s.size, s.val_steps, min(micro, 64), autocast)] * world
-            if world > 1:
-                dist.all_gather_object(drawn, drawn[rank])
-            pictures = [drawn[i % world][i // world] for i in range(len(prompts))]
+        rate = (step - since) * s.batch / (time.time() - clock)
+        pictures = draw(ema, vae, encoded, prompts, s, s.size, s.val_steps, min(micro, 64), autocast) if looking else None
         if logging and rank == 0:
             sums, counts = window.tolist()
             entry = dict(stage="07_train_dit", step=step, loss=sum(sums) / sum(counts), grad=norm.item())
-            entry |= {f"loss_t{i}": a / b if b else None for i, (a, b) in enumerate(zip(sums, counts))}
-            entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
+            entry |= {f"loss_t{i}": a / b if b else None for i, (a, b) in enumerate(zip(sums, counts))} | dict(pictures_per_second=rate)
             if looking:
                 entry |= follow(pictures, prompts, scenes, scorer)
                 sheet = slice(0, None, -(-len(prompts) // 12))
@@ -712,7 +709,7 @@ def main_sample(s):
         if len(encoded[prompt][0]) == n.text_length:
             print(f"cut to {n.text_length} tokens: {' '.join(prompt.split())[:60]} ...")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=file["settings"]["precision"] == "bf16")
-    pictures = draw(net, vae, encoded, list(enumerate(s.sample)), s, file["settings"]["size"], s.steps, 16, autocast)
+    pictures = draw(net, vae, encoded, s.sample, s, file["settings"]["size"], s.steps, 16, autocast)
     out = Path(s.run, "sample.png")
     data.save_sheet(out, pictures, min(4, len(pictures)), captions=s.sample)
     print(f"wrote {out}: {len(pictures)} pictures of {path} at step {file['step']}")
@@ -733,8 +730,7 @@ def main(s):
         data.stop(f"{vae_path} has {len(vae.latent_mean)} latent channels: give --latent-channels {len(vae.latent_mean)}")
     if not vae.takes(s.size) or s.size // vae.factor % s.patch:
         data.stop(f"--size {s.size} must be a multiple of {vae.factor * s.patch}, from {4 * vae.factor} up")
-    with torch.device("meta"):
-        build(s)                                            # what cannot be built or has no captions is told before latents are made
+    table(s)                                                # what cannot be built or has no captions is told before latents are made
     captions(s, "train")
     vae_parent = model.parent(vae_path)
     device, resume = training.prepare(s, "07_train_dit", out, vae_parent, FREE)

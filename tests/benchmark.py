@@ -254,12 +254,11 @@ class Distance(nn.Module):
 
 
 class UnitDistance(torch.autograd.Function):
-    """LPIPS's distance of features f and g, (b, c, h, w), with its gradient in g written out: one map of their size is kept where autograd keeps five."""
+    """LPIPS's distance of features f, of unit length, and g, (b, c, h, w), with its gradient in g written out: one map of their size is kept where autograd keeps five."""
     @staticmethod
     def forward(ctx, f, g, w):
-        length = lambda v: (v.square().sum(1, keepdim=True) + 1e-10).sqrt()
-        n, s = g[:, 0].numel(), 1 / length(g)
-        e = torch.addcmul(f / length(f), g, s, value=-1)
+        n, s = g[:, 0].numel(), (g.square().sum(1, keepdim=True) + 1e-10).rsqrt()
+        e = torch.addcmul(f, g, s, value=-1)
         u = e * w[:, None, None]
         distance = torch.dot(*(v.movedim(1, -1).flatten() for v in (e, u))) / n
         along = torch.mul(u, g, out=e).sum(1, keepdim=True)
@@ -273,11 +272,11 @@ class UnitDistance(torch.autograd.Function):
 
 class WrittenOut(Distance):
     def forward(self, x):
-        features = lambda v: self.net.lpips.net(self.net.lpips.scaling_layer(v))
-        y = x + 0.1 * torch.randn_like(x)
         with torch.no_grad():
-            target = features(x)
-        return sum(UnitDistance.apply(f, g, lin.model[-1].weight.flatten()) for f, g, lin in zip(target, features(y), self.net.lpips.lins))
+            target = self.net.features(x)
+        lpips = self.net.lpips
+        features = lpips.net(lpips.scaling_layer(x + 0.1 * torch.randn_like(x)))
+        return sum(UnitDistance.apply(f, g, lin.model[-1].weight.flatten()) for f, g, lin in zip(target, features, lpips.lins))
 
 
 def distance(written_out):

@@ -534,6 +534,16 @@ def test_accumulation_and_processes(dit, run, whole, tmp_path_factory):
     assert len(latents[0]) == len(latents[1])
 
 
+def test_rate_is_of_training_alone(dit, run, monkeypatch):
+    """Pictures a second leave out the time in which validation pictures are drawn."""
+    real = dit.draw
+    monkeypatch.setattr(dit, "draw", lambda *a: (time.sleep(3), real(*a))[1])
+    s = settings(dit, run, steps=2, log_every=2, val_every=2)
+    dit.main(s)
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["pictures_per_second"] > 2 * s.batch / 3
+
+
 def test_it_learns(dit, run):
     """Sixty steps: well below the first ones, as a whole and where there is much noise."""
     dit.main(settings(dit, run, steps=60, val_every=100, save_every=100, batch=16, lr=3e-3))

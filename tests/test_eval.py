@@ -115,14 +115,14 @@ def test_corner_splits_edges_and_corners(evaluation):
 
 
 def test_rows(evaluation, model, losses, data, run):
-    """Our file, peers of every shape (random weights), and the yardsticks, end to end; PSNR is the mean over pictures of the plain computation."""
+    """Our file, every kind of peer (random weights), and the yardsticks, end to end; PSNR is the mean over pictures of the plain computation."""
     vae = own_file(model, run / "vae.pt")
     files = [str(run / "vae.pt")]
-    for kind in ("flux", "kl-f8", "sd1", "movqgan", "kandinsky3"):
+    for kind in ("flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3"):
         torch.save(peer_file(model, kind)[1], run / f"{kind}.pt")
         files.append(str(run / f"{kind}.pt"))
     rows = evaluation.main(settings(evaluation, run, vae=(*files, "bicubic:8", "jpeg:90"), latents=2))
-    assert [r["name"] for r in rows] == ["vae", "flux", "kl-f8", "sd1", "movqgan", "kandinsky3", "bicubic:8", "jpeg:90"]
+    assert [r["name"] for r in rows] == ["vae", "flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3", "bicubic:8", "jpeg:90"]
     folder = run / "data" / "val"
     crops = [data.centre_crop(data.resize_shorter(data.read_picture(folder, n), 64), 64)[None].float() / 127.5 - 1 for n in data.picture_names(folder, 32)]
     with torch.no_grad():
