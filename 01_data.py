@@ -2,344 +2,387 @@
 
 Reads   --images DIR: a folder tree, an img2dataset folder or its .tar shards;
         or --images synthetic (the default): scenes drawn here, each with an exact caption.
-Writes  RUN/data/train and RUN/data/val (lossless WebP, metadata.jsonl), RUN/data/rejected.jsonl;
-        with --compare instead RUN/compare.png and a table: direct crop, nearest, bicubic.
+Writes  RUN/data/train and RUN/data/val (lossless WebP, metadata.jsonl, names.npy, index.json),
+        RUN/data/rejected.jsonl; with --compare instead RUN/compare.png and a table.
 Paper   Sec. 5.1 (data selection, resize, then crop).
 
     python 01_data.py --preset small --images ~/Pictures --run runs/mine
 
-Run it again and it does only what is missing.
+Run it again and it does only what is missing. At the end of this file stands what all stages
+share and no reader of the method needs: the command line, checkpoints, devices, logs.
 """
-import argparse, collections, hashlib, inspect, io, itertools, json, math, os, random, re, sys, tarfile, textwrap, time, typing, warnings
-from dataclasses import asdict, dataclass, fields
+import argparse
+import collections
+import contextlib
+import copy
+import datetime
+import functools
+import hashlib
+import heapq
+import inspect
+import io
+import itertools
+import json
+import math
+import mmap
+import os
+import random
+import re
+import signal
+import sys
+import tarfile
+import textwrap
+import time
+import typing
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 
+# ---------------------------------------------------------------- settings
+
 @dataclass(frozen=True)
-class Settings:
-    run: str = ""                 # folder that all stages share [runs/PRESET]
-    images: str = "synthetic"     # a folder of pictures or .tar shards, or "synthetic"; Sec. 5.1: LAION Aesthetic HighRes
-    min_side: int = 720           # Sec. 5.1: HD sources; a shorter side below this is rejected
-    min_score: float = 4.5        # Sec. 5.1: keep aesthetic scores > 4.5; not in the paper: a picture without a score is kept
-    resize: int = 480             # Sec. 5.1: shorter side after the bicubic resize
-    interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"   # Sec. 5.1, which warns of nearest
-    crop: int = 240               # Sec. 5.1: cropped at training time (04); here only --compare crops
-    val_share: float = 0.01       # not in the paper: 1% is enough to validate on and costs little
-    count: int = 10_000           # not in the paper: scenes to draw when --images is "synthetic"
-    max_pixels: int = 100_000_000 # not in the paper: a decompression bomb must not take the machine down
-    workers: int = -1             # not in the paper: processes; -1 is one per core, 0 is none
-    seed: int = 0                 # not in the paper: of the synthetic scenes
-    compare: bool = False         # only show what Sec. 5.1 claims about crop and resize, on 16 pictures
-    dry_run: bool = False         # print the settings as JSON and stop
+class Run:
+    """What belongs to a run and not to the method. Every stage has these flags."""
+    run: str = ""          # folder that all stages share [runs/PRESET]
+    seed: int = 0          # all that is random follows from it
+    device: str = "auto"   # cuda, mps or cpu; auto: the first of them that is there
+    workers: int = -1      # processes that read pictures; -1: 8 beside a GPU, 0 on a CPU
+    dry_run: bool = False  # print the settings (and parameter counts) as JSON and stop
+
+
+@dataclass(frozen=True)
+class TrainingRun(Run):
+    """The same for the stages that train: 04, 05 and 07."""
+    compile: bool = False     # torch.compile the network
+    log_every: int = 100      # steps between two lines of the log
+    val_every: int = 2_000    # steps between two looks at what validation pictures become
+    save_every: int = 2_000   # steps between two checkpoints
+
+
+@dataclass(frozen=True)
+class Settings(Run):
+    images: str = "synthetic"  # a folder, pictures or .tar shards; Sec. 5.1: LAION Aesthetic
+    # not in the paper: "HD" read as 720 lines, and that a picture without a score is kept
+    min_side: int = 720        # Sec. 5.1: HD sources; a shorter side below this is rejected
+    min_score: float = 4.5     # Sec. 5.1: keep aesthetic scores above this
+    resize: int = 480          # Sec. 5.1: shorter side after the bicubic resize
+    interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
+    crop: int = 240            # Sec. 5.1: cropped while training (04); here only --compare crops
+    # a small folder gives five pictures all the same
+    val_share: float = 0.01    # not in the paper: 1% is enough to validate on and costs little
+    count: int = 10_000        # not in the paper: scenes to draw when --images is "synthetic"
+    max_pixels: int = 10**8    # not in the paper: a decompression bomb must not end the run
+    compare: bool = False      # only show what Sec. 5.1 claims of crop and resize, on 16 pictures
 
 
 PRESETS = {
     "paper": {},
     "small": dict(count=20_000),
-    # The paper's 480 -> 240 at about a quarter of the size: a crop still shows half of the shorter side.
+    # The paper's 480 to 240 at about a quarter: a crop still shows half of the shorter side.
     "demo": dict(count=600, resize=128, crop=64, val_share=0.1),
 }
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
-SCORES = {"aesthetic_score", "aesthetic", "aesthetics", "aesthetics_score", "aesthetic_score_laion_v2", "score"}  # lower case
+# The first of these keys that holds a number counts. A bare "score" may be a similarity of
+# picture and text, as in img2dataset's other columns, so it does not.
+SCORES = ("aesthetic_score", "aesthetic", "aesthetics", "aesthetics_score",
+          "aesthetic_score_laion_v2")
 
 
 # ---------------------------------------------------------------- resize, then crop (Sec. 5.1)
 
 def resize_shorter(x, side, how=InterpolationMode.BICUBIC):
-    """Resize a uint8 picture so that its shorter side is `side`, antialiased unless `how` is NEAREST."""
+    """Resize a uint8 picture (3, h, w) to a shorter side of `side`; antialiased unless nearest."""
     h, w = x.shape[-2:]
     size = [round(h * side / min(h, w)), round(w * side / min(h, w))]
-    return F.resize(x, size, interpolation=how, antialias=how != InterpolationMode.NEAREST)
+    return TF.resize(x, size, interpolation=how, antialias=how != InterpolationMode.NEAREST)
 
 
 class Crops(Dataset):
-    """The training pictures of RUN/data/train as uint8 crops (3, crop, crop).
+    """Random crops of RUN/data/train, uint8 (3, crop, crop), mirrored half of the time.
 
-    Item n is a function of (seed, n) alone: which picture, where the crop lies, whether it is flipped.
-    So no step depends on workers, on processes or on where a run was interrupted.
+    Item n is a function of (stage, seed, n) alone: which picture, where the crop lies, whether it
+    is mirrored. So no step depends on workers, processes, or where a run was interrupted.
     """
-    def __init__(self, folder, crop, seed):
-        self.folder, self.crop, self.seed = Path(folder), crop, seed
-        self.names = picture_names(folder, crop)
+    def __init__(self, folder, crop, stage, seed):
+        self.folder = Path(folder)
+        self.crop = crop
+        self.key = f"{stage}/{seed}"
+        picture_names(folder, crop)
 
     def __getitem__(self, n):
-        rng = random.Random(f"{self.seed}/{n}")
-        # not in the paper: pictures are drawn with replacement, so any step can be made again without an epoch's order
-        x = read_picture(self.folder, self.names[rng.randrange(len(self.names))])                    # (3, h, w)
-        top, left = (rng.randint(0, side - self.crop) for side in x.shape[1:])
-        x = x[:, top:top + self.crop, left:left + self.crop]                                         # (3, crop, crop)
-        return x.flip(-1) if rng.random() < 0.5 else x.contiguous()   # not in the paper: random crop and flip
+        rng = random.Random(f"{self.key}/{n}")
+        # not in the paper: drawn with replacement, so that any step can be made again
+        name = rng.choice(read_names(self.folder))
+        x = read_picture(self.folder, name)                                # (3, h, w)
+        top = rng.randint(0, x.shape[1] - self.crop)
+        left = rng.randint(0, x.shape[2] - self.crop)
+        x = x[:, top:top + self.crop, left:left + self.crop]               # (3, crop, crop)
+        # not in the paper: where the crop lies, and mirroring; both are random
+        mirrored = rng.random() < 0.5
+        return x.flip(-1) if mirrored else x.contiguous()
 
 
-def centre_crop(x, crop):
-    """The middle crop x crop of (..., h, w): how pictures are cropped wherever nothing is trained."""
-    top, left = (x.shape[-2] - crop) // 2, (x.shape[-1] - crop) // 2
+def center_crop(x, crop):
+    """The middle crop x crop of (..., h, w): how pictures are cropped where nothing is trained."""
+    top = (x.shape[-2] - crop) // 2
+    left = (x.shape[-1] - crop) // 2
     return x[..., top:top + crop, left:left + crop]
 
 
 def read_picture(folder, name):
     """A prepared picture as uint8 (3, h, w)."""
-    return F.pil_to_tensor(Image.open(Path(folder, os.fsdecode(name))).convert("RGB"))
+    return TF.pil_to_tensor(Image.open(Path(folder, os.fsdecode(name))).convert("RGB"))
+
+
+@functools.lru_cache
+def read_names(folder):
+    """RUN/data/train/names.npy, memory-mapped: all processes share what is in memory of it."""
+    return np.load(Path(folder, "names.npy"), mmap_mode="r")
 
 
 def picture_names(folder, crop):
-    """File names (bytes) of RUN/data/train or val, as a numpy array: workers share one copy, however many there are."""
-    path, kept = Path(folder, "metadata.jsonl"), Path(folder).parent / "settings.json"
-    if not path.is_file() or not path.stat().st_size or not kept.is_file():
-        stop(f"{path} is missing or empty: run 01_data.py first")
-    if (resize := json.loads(kept.read_text())["resize"]) < crop:
-        stop(f"a side of {crop} is larger than the pictures in {folder}, whose shorter side is {resize}: run 01_data.py with a larger --resize first")
-    return np.array(sorted(os.fsencode(line["file_name"]) for line in read_jsonl(path)))
+    """File names (bytes) in RUN/data/train or val; stops where they are missing or too small."""
+    made_by = Path(folder).parent / "settings.json"
+    if not Path(folder, "index.json").is_file():
+        stop(f"{folder} is not finished: run 01_data.py first")
+    resize = json.loads(made_by.read_text())["resize"]
+    if resize < crop:
+        stop(f"a side of {crop} is larger than the pictures in {folder}, whose shorter side is "
+             f"{resize}: run 01_data.py with a larger --resize first")
+    read_names.cache_clear()
+    return read_names(Path(folder))
 
 
 def val_crops(run, crop, count):
-    """The centres of the first `count` validation pictures, uint8 (n, 3, crop, crop)."""
+    """The centers of the first `count` validation pictures, uint8 (n, 3, crop, crop)."""
     folder = Path(run, "data", "val")
-    return torch.stack([centre_crop(read_picture(folder, name), crop) for name in picture_names(folder, crop)[:count]])
+    names = picture_names(folder, crop)[:count]
+    return torch.stack([center_crop(read_picture(folder, name), crop) for name in names])
 
 
 # ---------------------------------------------------------------- one picture in, one picture out
 
 def prepare(name, parts, settings):
-    """Filter, resize and store one picture; return its line for metadata.jsonl, or one with a "reason" for rejected.jsonl."""
-    record = {"source": os.fsencode(name).decode("utf-8", "replace")}
+    """Filter, resize and store one picture.
+
+    name: str. parts: {"picture", ".txt", ".json"} to functions that read them, or the Exception
+    that reading a shard raised. Returns a line for metadata.jsonl with the key "split", or a line
+    for rejected.jsonl with the key "reason".
+    """
+    record = {"source": printable(name)}
     try:
         if isinstance(parts, Exception):
             raise parts
         caption, score = describe(parts)
         if score is not None and score <= settings.min_score:
             raise ValueError(f"aesthetic score {score:g} is not above {settings.min_score:g}")
-        x, (width, height) = to_rgb(parts, settings)
-        x = resize_shorter(x, settings.resize, InterpolationMode(settings.interpolation))  # (3, h, w), uint8
-        # The split looks at the bare name alone, so it never changes as a folder grows or moves.
-        digest = lambda text: hashlib.sha256(os.fsencode(text)).hexdigest()
-        split = "val" if int(digest(os.path.basename(name))[:8], 16) / 2 ** 32 < settings.val_share else "train"
-        key, stem = digest(name), re.sub(r"[^\w-]", "_", Path(record["source"]).stem)[:40]
-        file_name = f"{key[:2]}/{stem}-{key[2:10]}.webp"                                # 256 folders: millions of files stay listable
-        # Lossless WebP: about half the time of PNG level 1 to write, faster to read and smaller (README, Measured).
-        write_aside(Path(settings.run, "data", split, file_name), lambda f: F.to_pil_image(x).save(f, "WEBP", lossless=True, quality=0, method=0))
-        record |= dict(split=split, file_name=file_name, text=caption, score=score, original_width=width, original_height=height)
-    except Exception as error:                              # one bad file among a million never stops the run
-        text = re.sub(r" <_io.*>", "", str(error))          # addresses in memory help nobody
-        record["reason"] = text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+        x, size = to_rgb(parts["picture"], settings.min_side, settings.max_pixels)
+        x = resize_shorter(x, settings.resize, InterpolationMode(settings.interpolation))
+        # The split looks at the bare name alone: it never changes as a folder grows or moves.
+        split = "val" if name_number(name) < settings.val_share else "train"
+        file_name = stored_name(name)
+        store = functools.partial(TF.to_pil_image(x).save, format="WEBP", lossless=True, quality=0,
+                                  method=0)             # half of PNG's time to write, and smaller
+        write_aside(Path(settings.run, "data", split, file_name), store)
+        record |= dict(split=split, file_name=file_name, text=caption, score=score,
+                       original_width=size[0], original_height=size[1])
+    except Exception as error:                          # one bad file of a million stops nothing
+        text = re.sub(r" <_io.*>", "", str(error))      # addresses in memory help nobody
+        known = type(error) is ValueError
+        record["reason"] = text if known else f"{type(error).__name__}: {text}"
     return record
 
 
-def to_rgb(parts, settings):
-    """Decode to uint8 RGB (3, h, w), upright, alpha over white; also the original size. Raises on what is broken, tiny or enormous."""
-    Image.MAX_IMAGE_PIXELS = None                           # Pillow's own guard; --max-pixels is ours
+def printable(name):
+    """A file name as text that JSON can hold, whatever bytes are in it."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def name_hash(name):
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def name_number(name):
+    """A number in [0, 1) that follows from a file's bare name; below val_share it validates."""
+    return int(name_hash(os.path.basename(name))[:8], 16) / 2 ** 32
+
+
+def stored_name(name):
+    """Where a picture is stored: in one of 256 folders, so that millions can still be listed."""
+    key = name_hash(name)
+    stem = re.sub(r"[^\w-]", "_", Path(printable(name)).stem, flags=re.ASCII)[:40]
+    return f"{key[:2]}/{stem}-{key[2:10]}.webp"
+
+
+def to_rgb(read, min_side, max_pixels):
+    """Decode to uint8 sRGB (3, h, w), upright, transparency over white; also the original size.
+
+    read: a function that gives the file's bytes, or a PIL picture. Raises ValueError or Pillow's
+    errors on what is broken, too small or enormous.
+    """
+    Image.MAX_IMAGE_PIXELS = None                       # Pillow's own guard; --max-pixels is ours
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        im = parts["picture"]()
-        im = im if isinstance(im, Image.Image) else Image.open(io.BytesIO(im))          # reads the header only
-        size = im.size
-        if size[0] * size[1] > settings.max_pixels:
-            raise ValueError(f"{size[0]}x{size[1]} is more than {settings.max_pixels} pixels")
-        if min(size) < settings.min_side:
-            raise ValueError(f"shorter side of {size[0]}x{size[1]} is below {settings.min_side}")
-        ImageOps.exif_transpose(im, in_place=True)          # in place and without a second convert: copies cost as much as decoding
-        if im.mode.startswith("I") or im.mode == "F":       # 16 or 32 bits a value, which Pillow's own conversion would clip
-            values = np.asarray(im).astype(np.float32)
-            top = 65535 if im.mode.startswith("I;16") else next((t for t in (1, 255, 65535) if values.max() <= t), values.max())
-            im = Image.fromarray((values * (255 / top)).clip(0, 255).round().astype(np.uint8))
+        im = read()
+        if isinstance(im, bytes):
+            im = Image.open(io.BytesIO(im))             # reads the header only
+        w, h = im.size
+        if w * h > max_pixels:
+            raise ValueError(f"{w}x{h} is more than {max_pixels} pixels")
+        if min(w, h) < min_side:
+            raise ValueError(f"shorter side of {w}x{h} is below {min_side}")
+        profile = im.info.get("icc_profile")
+        # In place and with no second convert: copies cost as much as decoding.
+        ImageOps.exif_transpose(im, in_place=True)
+        if im.mode.startswith("I") or im.mode == "F":
+            im = eight_bits(im)
+        elif profile:
+            im = to_srgb(im, profile)
         if im.has_transparency_data:
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return F.pil_to_tensor(im if im.mode == "RGB" else im.convert("RGB")), size
+        if im.mode != "RGB":
+            im = im.convert("RGB")
+        return TF.pil_to_tensor(im), (w, h)
+
+
+def to_srgb(im, profile):
+    """Colors from the file's own profile (phones take Display P3) to sRGB; without it, a shift."""
+    if im.mode == "P":
+        im = im.convert("RGBA" if im.has_transparency_data else "RGB")
+    mode = "RGBA" if im.mode == "RGBA" else "RGB"
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(im, own, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):              # a broken profile, or one of another mode
+        return im
+
+
+def eight_bits(im):
+    """A picture of 16 or 32 bits per value, which Pillow's own conversion would clip."""
+    values = np.asarray(im).astype(np.float32)
+    white = 65535
+    if not im.mode.startswith("I;16"):
+        candidates = [top for top in (1, 255, 65535) if values.max() <= top]
+        white = candidates[0] if candidates else values.max()
+    return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
 
 
 def describe(parts):
-    """Caption (str) and aesthetic score (float or None) from the .txt and .json that img2dataset leaves beside a picture."""
-    caption = parts[".txt"]().decode("utf-8-sig", "replace").strip() if ".txt" in parts else ""
-    try:
-        meta = json.loads(parts[".json"]()) if ".json" in parts else {}
-    except ValueError:
+    """Caption and aesthetic score, or None, from img2dataset's .txt and .json beside a picture."""
+    caption = ""
+    meta = {}
+    if ".txt" in parts:
+        caption = parts[".txt"]().decode("utf-8-sig", "replace").strip()
+    if ".json" in parts:
+        with contextlib.suppress(ValueError):
+            meta = json.loads(parts[".json"]())
+    if not isinstance(meta, dict):
         meta = {}
-    meta = {str(k).lower(): v for k, v in meta.items()} if isinstance(meta, dict) else {}
+    meta = {str(key).lower(): value for key, value in meta.items()}
     caption = caption or str(meta.get("caption") or meta.get("text") or "")
-    for key in SCORES & meta.keys():
-        try:
-            if math.isfinite(score := float(meta[key])):
+    for key in SCORES:
+        with contextlib.suppress(TypeError, ValueError):
+            score = float(meta.get(key, math.nan))
+            if math.isfinite(score):
                 return caption, score
-        except (TypeError, ValueError):
-            pass
     return caption, None
 
 
 # ---------------------------------------------------------------- where pictures come from
+# A unit is what one worker takes as a whole: a scene's number, a picture's path, a shard's path.
 
 class Source(IterableDataset):
-    """The record of every n-th picture, prepared: n DataLoader workers share the work, and each passes over what is not its own."""
+    """The records of all units, prepared; DataLoader workers share the units out."""
     def __init__(self, units, settings, done):
-        self.units, self.settings, self.done = units, settings, done
+        self.units = units
+        self.settings = settings
+        self.done = done
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        k, n = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number, (name, parts) in enumerate(pictures(self.units, self.settings)):
-            if number % n == k and os.fsencode(name).decode("utf-8", "replace") not in self.done:
+        worker = get_worker_info()
+        units = self.units[worker.id::worker.num_workers] if worker else self.units
+        for name, parts in pictures(units, self.settings.images, self.settings.seed):
+            if printable(name) not in self.done:
                 yield prepare(name, parts, self.settings)
 
 
-def list_units(settings):
-    """What there is to read: numbers of synthetic scenes, or paths of pictures and .tar shards."""
-    if settings.images == "synthetic":
-        return list(range(settings.count))
-    root = Path(settings.images).expanduser()
+def find_units(images, own=None):
+    """Paths of pictures and .tar shards under the folder `images`, less what lies in `own`."""
+    root = Path(images).expanduser()
     if not root.is_dir():
-        stop(f"--images {settings.images}: no such folder")
-    own = Path(settings.run, "data").resolve()              # a run folder may lie among the pictures: what is there is not read again
-    units = [os.path.join(folder, name) for folder, _, names in os.walk(root) if not (settings.run and Path(folder).resolve().is_relative_to(own))
-             for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
-    return units or stop(f"--images {settings.images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards in it")
+        stop(f"--images {images}: no such folder")
+    units = []
+    for folder, _, names in os.walk(root):
+        # A run folder may lie among the pictures: what it wrote is not read again.
+        if own and Path(folder).resolve().is_relative_to(own.resolve()):
+            continue
+        wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
+        units += [os.path.join(folder, name) for name in wanted]
+    if not units:
+        stop(f"--images {images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards")
+    return units
 
 
-def pictures(units, settings):
-    """Yield (name, parts) of each picture: parts maps "picture", ".txt" and ".json" to functions that read them; an Exception for a broken shard."""
+def pictures(units, images, seed=0):
+    """Yield (name, parts) of each picture in some units; see prepare for what parts are."""
     for unit in units:
         if isinstance(unit, int):
-            caption, draw = scene(settings.seed, unit)
-            yield f"scene-{unit:06d}", {"picture": draw, ".txt": caption.encode}
+            caption, draw = scene(seed, unit)
+            yield scene_name(unit), {"picture": draw, ".txt": caption.encode}
             continue
-        path, name = Path(unit), os.path.relpath(unit, Path(settings.images).expanduser())
+        name = os.path.relpath(unit, Path(images).expanduser())
+        path = Path(unit)
         if not path.is_file():
-            yield name, ValueError("not a regular file")    # a pipe named .jpg would never end
-            continue
-        if suffix(unit) in PICTURES:
-            yield name, {"picture": path.read_bytes} | {end: p.read_bytes for end in (".txt", ".json") if (p := path.with_suffix(end)).is_file()}
-            continue
-        try:
-            with tarfile.open(path) as tar:
-                for _, members in itertools.groupby((m for m in tar if m.isfile()), key=lambda m: os.path.splitext(m.name)[0]):
-                    parts = {suffix(m.name): (m, tar.extractfile(m).read) for m in members}
-                    for member, read in [parts.pop(end) for end in parts.keys() & PICTURES]:
-                        yield f"{name}/{member.name}", {"picture": read} | {end: r for end, (_, r) in parts.items()}
-        except (tarfile.TarError, OSError, EOFError) as error:
-            yield name, error
+            yield name, ValueError("not a regular file")   # a pipe named .jpg would never end
+        elif suffix(unit) == ".tar":
+            yield from shard(name, path)
+        else:
+            parts = {"picture": path.read_bytes}
+            for end in (".txt", ".json"):
+                if path.with_suffix(end).is_file():
+                    parts[end] = path.with_suffix(end).read_bytes
+            yield name, parts
+
+
+def shard(name, path):
+    """(name, parts) of each picture in a .tar: neighbors that differ in their suffix belong
+    together."""
+    try:
+        with tarfile.open(path) as tar:
+            files = (member for member in tar if member.isfile())
+            for _, members in itertools.groupby(files, key=stem):
+                members = {suffix(member.name): member for member in members}
+                beside = {end: tar.extractfile(member).read for end, member in members.items()}
+                for end in sorted(members.keys() & PICTURES):
+                    parts = beside | {"picture": beside[end]}
+                    yield f"{name}/{members[end].name}", parts
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield name, error
+
+
+def stem(member):
+    return os.path.splitext(member.name)[0]
 
 
 def suffix(name):
     return os.path.splitext(name)[1].lower()
 
 
-# ---------------------------------------------------------------- synthetic scenes
-
-COLORS = {"red": (220, 45, 40), "yellow": (240, 205, 50), "green": (50, 165, 70),
-          "cyan": (60, 195, 215), "blue": (45, 80, 210), "purple": (150, 60, 190)}
-SHAPES = ("circle", "square", "triangle", "star")
-PATTERNS = ("plain", "striped", "checkered", "dotted")
-WORDS = "harbor lantern meadow pebble thistle walnut copper violin saffron glacier marble orchard".split()
-
-
-def scene(seed, index):
-    """Scene number `index`: its exact caption, and a function that draws it at 1280x720 (everything told lies in the middle square)."""
-    rng = random.Random(f"scene/{seed}/{index}")
-    shape, pattern = rng.choice(SHAPES), rng.choice(PATTERNS)
-    color, ground = rng.sample(sorted(COLORS), 2)
-    word = rng.choice(WORDS) if rng.random() < 0.5 else ""
-    caption = f"a {color} {shape} on a {pattern} {ground} background" + (f', with the word "{word}"' if word else "")
-    return caption, lambda: draw_scene(rng, shape, color, pattern, ground, word)
-
-
-def draw_scene(rng, shape, color, pattern, ground, word):
-    w, h = 1280, 720
-    shade = lambda name, k: tuple(min(255, round(c * k)) for c in COLORS[name])
-    def ramp(name, dark, light):                            # a gradient between two shades, in one of four directions
-        mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((w, h))
-        return Image.composite(Image.new("RGB", (w, h), shade(name, dark)), Image.new("RGB", (w, h), shade(name, light)), mask)
-
-    im, marks, step = ramp(ground, 0.85, 1.1), Image.new("L", (w, h)), rng.randint(70, 110)
-    d = ImageDraw.Draw(marks)
-    for x in range(0, w, step) if pattern != "plain" else ():
-        for y in range(0, h, step):
-            if pattern == "dotted":
-                d.ellipse((x, y, x + step // 2, y + step // 2), fill=255)
-            elif pattern == "striped" or (x // step + y // step) % 2:
-                d.rectangle((x, y, x + (step // 2 if pattern == "striped" else step - 1), y + step - 1), fill=255)
-    im.paste(shade(ground, 0.66), mask=marks)
-
-    cx, cy, r, turn = w // 2 + rng.randint(-110, 110), h // 2 + rng.randint(-90, 90), rng.randint(130, 200), rng.uniform(-0.25, 0.25)
-    n = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
-    reach = [r * (0.48 if shape == "star" and i % 2 else 1.0 if shape == "circle" else 1.15) for i in range(n)]
-    angle = [turn + math.pi * ((2 * i + (shape == "square")) / n - 0.5) for i in range(n)]
-    points = [(cx + a * math.cos(t), cy + a * math.sin(t)) for a, t in zip(reach, angle)]
-    mask = Image.new("L", (w, h))
-    ImageDraw.Draw(mask).polygon(points, fill=255)
-    im.paste(ramp(color, 0.8, 1.15), mask=mask)
-    d = ImageDraw.Draw(im)
-    d.line(points + points[:2], fill=shade(color, 0.5), width=5, joint="curve")
-    if word:
-        d.text((w // 2 + rng.randint(-250, 60), rng.choice((20, h - 80))), word, rng.choice(("white", "black")), ImageFont.load_default(rng.randint(34, 52)))
-    im = im.filter(ImageFilter.GaussianBlur(1))             # edges as soft as a lens and a sensor leave them, not stair-steps
-    grain = Image.frombytes("L", (w // 2, h // 2), rng.randbytes(w * h // 4)).resize((w, h)).point(lambda v: 120 + v // 16)
-    return ImageChops.add(im, Image.merge("RGB", (grain,) * 3), offset=-128)
-
-
-# ---------------------------------------------------------------- --compare: what Sec. 5.1 says, in figures
-
-def high_frequencies(x):
-    """What a grey picture (h, w) in 0..255 has above half the Nyquist frequency (Hann window): complex, squares add up to a power a pixel."""
-    h, w = x.shape
-    window = (torch.hann_window(h)[:, None] * torch.hann_window(w)).to(x)
-    spectrum = torch.fft.fft2((x - x.mean()) * window) / (h * w * window.square().sum()).sqrt()
-    radius = (torch.fft.fftfreq(h)[:, None].square() + torch.fft.fftfreq(w).square()).sqrt()
-    return spectrum[radius.to(x.device) > 0.25]
-
-
-def compare(settings):
-    """Print and draw the three ways to a crop; returns {way: (energy, energy over bicubic's, aliasing)}, medians over pictures."""
-    ways = {"direct crop": None, "nearest, crop": InterpolationMode.NEAREST, "bicubic, crop": InterpolationMode.BICUBIC}
-    # An alias is a frequency that the small picture shows and the large one has not: it stays as a difference
-    # in what both must share, everything below a quarter of the small picture's Nyquist frequency.
-    coarse = lambda x: resize_shorter(x, settings.resize // 4).float()
-    rows, tiles, units = [], [], list_units(settings)
-    for _, parts in pictures(units[::max(1, len(units) // 16)], settings):
-        try:
-            full, _ = to_rgb(parts, settings)
-        except Exception:                                   # the real run lists what is broken; here it is passed over
-            continue
-        resized = [resize_shorter(full, settings.resize, how) if how else full for how in ways.values()]
-        crops = [centre_crop(x, settings.crop) for x in resized]
-        energy = [high_frequencies(F.rgb_to_grayscale(x)[0].float()).abs().square().sum().item() for x in crops]
-        rows.append([(e, e / energy[-1], (coarse(x) - coarse(full)).square().mean().sqrt().item()) for e, x in zip(energy, resized)])
-        tiles += crops
-        if len(rows) == 16:
-            break
-    if not rows:
-        stop(f"--images {settings.images}: no picture with a shorter side of {settings.min_side} px or more could be read")
-    result = dict(zip(ways, torch.tensor(rows).median(dim=0).values.tolist()))
-    print(f"Sec. 5.1 on {len(rows)} pictures, {settings.crop} px crops, medians\n{'':14}{'energy above Nyquist/2':>24}{'over bicubic':>14}{'aliasing, grey levels':>24}")
-    for way, (energy, ratio, alias) in result.items():
-        print(f"{way:14}{energy:24.2f}{ratio:14.2f}{alias:24.2f}")
-    save_sheet(Path(settings.run, "compare.png"), tiles[:12], 3, titles=list(ways))
-    return result
-
-
-def save_sheet(path, tiles, columns, titles=(), rows=(), captions=()):
-    """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified; a title over each column, a label beside each row, a caption under each picture."""
-    tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), InterpolationMode.NEAREST) for t in tiles]
-    (th, w), left, top = tiles[0].shape[1:], 120 if rows else 0, 22 if titles else 0
-    h = th + (54 if captions else 0)
-    sheet = Image.new("RGB", (left + columns * (w + 4), top + -(-len(tiles) // columns) * (h + 4)), "white")
-    d, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, tile in enumerate(tiles):
-        sheet.paste(F.to_pil_image(tile), (left + i % columns * (w + 4), top + i // columns * (h + 4)))
-    for i, text in enumerate(captions):
-        lines = textwrap.wrap(text, w // 8, max_lines=3, placeholder=" ...")
-        d.multiline_text((left + i % columns * (w + 4) + 2, top + i // columns * (h + 4) + th + 1), "\n".join(lines), "black", font, spacing=2)
-    for i, title in enumerate(titles):
-        d.text((left + i * (w + 4) + 2, 3), title, "black", font)
-    for i, label in enumerate(rows):
-        d.text((4, top + i * (h + 4) + 4), label, "black", font)
-    write_aside(path, lambda f: sheet.save(f, "PNG"))
+def scene_name(unit):
+    return f"scene-{unit:06d}"
 
 
 # ---------------------------------------------------------------- main
@@ -348,45 +391,338 @@ def main(settings):
     if settings.dry_run:
         return print_settings(settings)
     if not 0 < settings.resize <= settings.min_side:
-        stop(f"--resize {settings.resize} must lie between 1 and --min-side {settings.min_side}: enlarged pictures lack the detail Sec. 5.1 asks for")
+        stop(f"--resize {settings.resize} must lie between 1 and --min-side {settings.min_side}: "
+             "enlarged pictures lack the detail that Sec. 5.1 asks for")
+    root = Path(settings.run, "data")
+    began = time.time()
+    units = list(range(settings.count))
+    if settings.images != "synthetic":
+        units = find_units(settings.images, own=root)
     if settings.compare:
-        return compare(settings)
-    root, began, units = Path(settings.run, "data"), time.time(), list_units(settings)
-    if (kept := root / "settings.json").exists():
-        check_settings(json.loads(kept.read_text()), asdict(settings), {"run", "workers", "count", "compare", "dry_run", "crop"}, root)
-    write_aside(kept, lambda f: f.write(json.dumps(asdict(settings), indent=2).encode()))
-    files = {key: root / key / "metadata.jsonl" for key in ("train", "val")} | {"rejected": root / "rejected.jsonl"}
+        return compare(settings, units)
+    settings = replace(settings, val_share=fix_settings(root, units, settings))
+
+    files = {split: root / split / "metadata.jsonl" for split in ("train", "val")}
+    files["rejected"] = root / "rejected.jsonl"
+    done = set()
     for path in files.values():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    done = {line["source"] for path in files.values() for line in read_jsonl(path, mend=True)}
-    for stale in root.rglob(".*.tmp"):                      # of a run that was killed while it wrote
+        done |= {line["source"] for line in read_jsonl(path, mend=True)}
+    for stale in root.rglob(".*.tmp"):                    # from a run that was killed
         stale.unlink()
     workers = os.cpu_count() if settings.workers < 0 else settings.workers
-    loader = DataLoader(Source(units, settings, done), batch_size=None, num_workers=workers, prefetch_factor=16 if workers else None)
-    total = None if any(str(u).endswith(".tar") for u in units) else max(0, len(units) - len(done))
-    counts, reasons = collections.Counter(), collections.Counter()
-    for record in (bar := tqdm(loader, total=total, unit="picture", desc="01_data", **BAR)):
+    loader = DataLoader(Source(units, settings, done), batch_size=None, num_workers=workers,
+                        prefetch_factor=16 if workers else None)
+    shards = any(str(unit).endswith(".tar") for unit in units)
+    total = None if shards else max(0, len(units) - len(done))
+    counts = collections.Counter()
+    reasons = collections.Counter()
+    for record in tqdm(loader, total=total, unit="picture", desc="01_data", **BAR):
         key = record.pop("split", "rejected")
-        with open(files[key], "a", encoding="utf-8") as f:  # one line at a time: after a crash at most the last is lost
+        with open(files[key], "a", encoding="utf-8") as f:   # a crash costs one line at most
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
         counts[key] += 1
         if key == "rejected":
             reasons[re.sub(r"\d+(x\d+|\.\d+)?", "N", record["reason"])[:70]] += 1
-        bar.set_postfix(counts, refresh=False)
-    there = {split: sum(1 for _ in read_jsonl(files[split])) for split in ("train", "val")}
-    log(settings.run, stage="01_data", **counts, seconds=round(time.time() - began, 2), pictures=there)
-    print(f"{root}: {there['train']} training and {there['val']} validation pictures ({len(done)} done before, {counts['rejected']} rejected now)")
+
+    there = {}
+    for split in ("train", "val"):
+        if counts[split] or not (root / split / "index.json").is_file():
+            write_index(root / split)
+        there[split] = json.loads((root / split / "index.json").read_text())["pictures"]
+    seconds = round(time.time() - began, 2)
+    log(settings.run, stage="01_data", **counts, seconds=seconds, pictures=there)
+    print(f"{root}: {there['train']} training and {there['val']} validation pictures "
+          f"({len(done)} done before, {counts['rejected']} rejected now)")
     for reason, number in reasons.most_common(10):
         print(f"  rejected {number:6d}: {reason}")
-    if empty := [split for split, number in there.items() if not number]:
-        stop(f"{root}/{empty[0]} is empty: rejected.jsonl has reasons; give more pictures, or another --val-share with a new --run")
+    for split, number in there.items():
+        if not number:
+            (root / split / "index.json").unlink()
+            stop(f"{root}/{split} is empty: rejected.jsonl has reasons; give more pictures, "
+                 "or another --val-share with a new --run")
     return there
 
 
-# ---------------------------------------------------------------- plumbing that all stages share
+def fix_settings(root, units, settings):
+    """Keep the settings in RUN/data/settings.json, refuse others later; the share to validate on.
 
-BAR = dict(dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20)   # a log file wants fewer lines than a terminal
+    Of a small folder val_share may be no picture at all. Then the share is raised, once, until
+    five names (at most a quarter of them) lie below it; the split still follows from names alone.
+    """
+    kept = root / "settings.json"
+    share = settings.val_share
+    if kept.exists():
+        stored = json.loads(kept.read_text())
+        free = {"run", "device", "workers", "count", "compare", "dry_run", "crop"}
+        check_settings(stored, asdict(settings), free, root)
+        share = stored["share"]
+    elif not any(str(unit).endswith(".tar") for unit in units):
+        names = (scene_name(unit) if isinstance(unit, int) else unit for unit in units)
+        handful = min(5, len(units) // 4)
+        smallest = heapq.nsmallest(handful + 1, map(name_number, names))
+        share = max(share, smallest[handful]) if handful else share
+    write_text(kept, json.dumps(asdict(settings) | {"share": share}, indent=2))
+    return share
+
+
+def write_index(folder):
+    """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash.
+
+    So what follows does not depend on the order in which workers finished, nobody parses 100
+    million lines to know the names, and a changed data set has another index.json.
+    """
+    path = folder / "metadata.jsonl"
+    kind = [("name", "S64"), ("start", np.int64), ("end", np.int64)]
+    table = np.fromiter(line_positions(path), dtype=kind)
+    table = table[np.argsort(table["name"], kind="stable")]
+    digest = hashlib.sha256()
+
+    def write_lines(f):
+        if not len(table):
+            return
+        with open(path, "rb") as old, mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            for _, start, end in table:
+                digest.update(text[start:end])
+                f.write(text[start:end])
+
+    write_aside(path, write_lines)
+    write_aside(folder / "names.npy", lambda f: np.save(f, table["name"]))
+    index = json.dumps({"pictures": len(table), "sha256": digest.hexdigest()})
+    write_text(folder / "index.json", index)
+
+
+def line_positions(path):
+    """(file name, first byte, last byte + 1) of each line in a metadata.jsonl."""
+    start = 0
+    with open(path, "rb") as f:
+        for line in f:
+            yield os.fsencode(json.loads(line)["file_name"]), start, start + len(line)
+            start += len(line)
+
+
+# ---------------------------------------------------------------- --compare: Sec. 5.1 in figures
+
+def compare(settings, units):
+    """Print and draw three ways to a crop: {way: (energy, energy over bicubic's, aliasing)}.
+
+    An alias is a frequency that the small picture shows and the large one has not. It stays as a
+    difference in what both must share: all below a quarter of the small one's Nyquist frequency.
+    """
+    ways = {"direct crop": None, "nearest, crop": InterpolationMode.NEAREST,
+            "bicubic, crop": InterpolationMode.BICUBIC}
+    coarse_side = settings.resize // 4
+    rows = []
+    tiles = []
+    for _, parts in pictures(units[::max(1, len(units) // 16)], settings.images, settings.seed):
+        try:
+            full, _ = to_rgb(parts["picture"], settings.min_side, settings.max_pixels)
+        except Exception:                        # the real run lists what is broken; passed over
+            continue
+        coarse = resize_shorter(full, coarse_side).float()
+        measured = []
+        for how in ways.values():
+            resized = resize_shorter(full, settings.resize, how) if how else full
+            crop = center_crop(resized, settings.crop)
+            energy = high_frequencies(TF.rgb_to_grayscale(crop)[0].float()).abs().square().sum()
+            alias = resize_shorter(resized, coarse_side).float() - coarse
+            measured.append((energy.item(), alias.square().mean().sqrt().item()))
+            tiles.append(crop)
+        bicubic = measured[-1][0]
+        rows.append([(energy, energy / bicubic, alias) for energy, alias in measured])
+        if len(rows) == 16:
+            break
+    if not rows:
+        stop(f"--images {settings.images}: no picture with a shorter side of {settings.min_side} "
+             "px or more could be read")
+    result = dict(zip(ways, torch.tensor(rows).median(dim=0).values.tolist()))
+    print(f"Sec. 5.1 on {len(rows)} pictures, {settings.crop} px crops, medians")
+    print(f"{'':14}{'energy above Nyquist/2':>24}{'over bicubic':>14}{'aliasing, gray levels':>24}")
+    for way, (energy, ratio, alias) in result.items():
+        print(f"{way:14}{energy:24.2f}{ratio:14.2f}{alias:24.2f}")
+    save_sheet(Path(settings.run, "compare.png"), tiles[:12], 3, titles=list(ways))
+    return result
+
+
+def high_frequencies(x):
+    """What a gray picture (h, w) in 0..255 has above half the Nyquist frequency: complex values
+    of a Hann-windowed spectrum, whose squares add up to a power per pixel."""
+    h, w = x.shape
+    window = (torch.hann_window(h)[:, None] * torch.hann_window(w)).to(x)
+    spectrum = torch.fft.fft2((x - x.mean()) * window) / (h * w * window.square().sum()).sqrt()
+    rows = torch.fft.fftfreq(h)[:, None]
+    columns = torch.fft.fftfreq(w)
+    high = (rows.square() + columns.square()).sqrt() > 0.25
+    return spectrum[high.to(x.device)]
+
+
+# ---------------------------------------------------------------- synthetic scenes: drawn
+
+COLORS = {"red": (220, 45, 40), "yellow": (240, 205, 50), "green": (50, 165, 70),
+          "cyan": (60, 195, 215), "blue": (45, 80, 210), "purple": (150, 60, 190)}
+SHAPES = ("circle", "square", "triangle", "star")
+PATTERNS = ("plain", "striped", "checkered", "dotted")
+WORDS = ("harbor", "lantern", "meadow", "pebble", "thistle", "walnut", "copper", "violin",
+         "saffron", "glacier", "marble", "orchard")
+SCENE = (1280, 720)    # width and height; everything told lies in the middle square
+
+
+def scene(seed, index):
+    """Scene number `index`: its exact caption, and a function that draws it as a PIL picture."""
+    rng = random.Random(f"scene/{seed}/{index}")
+    shape = rng.choice(SHAPES)
+    pattern = rng.choice(PATTERNS)
+    color, ground = rng.sample(sorted(COLORS), 2)
+    word = rng.choice(WORDS) if rng.random() < 0.5 else ""
+    caption = f"a {color} {shape} on a {pattern} {ground} background"
+    if word:
+        caption += f', with the word "{word}"'
+    return caption, functools.partial(draw_scene, rng, shape, color, pattern, ground, word)
+
+
+def told(caption):
+    """(color, shape, pattern, ground) of a scene's caption."""
+    words = caption.split()
+    return words[1], words[2], words[5], words[6]
+
+
+def draw_scene(rng, shape, color, pattern, ground, word):
+    w, h = SCENE
+    im = ramp(rng, ground, 0.85, 1.1)
+    im.paste(shade(ground, 0.66), mask=draw_marks(pattern, step=rng.randint(70, 110)))
+    outline = draw_outline(rng, shape)
+    figure = Image.new("L", SCENE)
+    ImageDraw.Draw(figure).polygon(outline, fill=255)
+    im.paste(ramp(rng, color, 0.8, 1.15), mask=figure)
+    draw = ImageDraw.Draw(im)
+    draw.line(outline + outline[:2], fill=shade(color, 0.5), width=5, joint="curve")
+    if word:
+        where = (w // 2 + rng.randint(-250, 60), rng.choice((20, h - 80)))
+        fill = rng.choice(("white", "black"))
+        draw.text(where, word, fill, ImageFont.load_default(rng.randint(34, 52)))
+    # Edges as soft as a lens leaves them, and the grain of a sensor.
+    im = im.filter(ImageFilter.GaussianBlur(1))
+    grain = Image.frombytes("L", (w // 2, h // 2), rng.randbytes(w * h // 4)).resize(SCENE)
+    grain = grain.point([120 + value // 16 for value in range(256)])
+    return ImageChops.add(im, Image.merge("RGB", (grain,) * 3), offset=-128)
+
+
+def shade(name, brightness):
+    return tuple(min(255, round(value * brightness)) for value in COLORS[name])
+
+
+def ramp(rng, name, dark, light):
+    """A gradient between two shades of a color, in one of four directions."""
+    mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(SCENE)
+    first = Image.new("RGB", SCENE, shade(name, dark))
+    return Image.composite(first, Image.new("RGB", SCENE, shade(name, light)), mask)
+
+
+def draw_marks(pattern, step):
+    """Mask of the ground's darker marks, `step` pixels apart."""
+    marks = Image.new("L", SCENE)
+    draw = ImageDraw.Draw(marks)
+    half = step // 2
+    for column, x in enumerate(range(0, SCENE[0], step)):
+        for row, y in enumerate(range(0, SCENE[1], step)):
+            if pattern == "dotted":
+                draw.ellipse((x, y, x + half, y + half), fill=255)
+            if pattern == "striped":
+                draw.rectangle((x, y, x + half, y + step - 1), fill=255)
+            if pattern == "checkered" and (column + row) % 2:
+                draw.rectangle((x, y, x + step - 1, y + step - 1), fill=255)
+    return marks
+
+
+def draw_outline(rng, shape):
+    """Corners (x, y) of a shape somewhere near the middle, a little turned."""
+    center_x = SCENE[0] // 2 + rng.randint(-110, 110)
+    center_y = SCENE[1] // 2 + rng.randint(-90, 90)
+    radius = rng.randint(130, 200)
+    turn = rng.uniform(-0.25, 0.25)
+    corners = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
+    outline = []
+    for i in range(corners):
+        reach = 1.0 if shape == "circle" else 1.15
+        if shape == "star" and i % 2:
+            reach = 0.48
+        angle = turn + math.pi * ((2 * i + (shape == "square")) / corners - 0.5)
+        outline.append((center_x + radius * reach * math.cos(angle),
+                        center_y + radius * reach * math.sin(angle)))
+    return outline
+
+
+# ---------------------------------------------------------------- synthetic scenes: read
+# A rule without a network: what a picture made from a prompt (07) shows of it.
+
+def read_scene(picture):
+    """(color, shape, pattern, ground) that the pixels of a square scene (3, side, side) show."""
+    x = picture.float() / 255
+    side = x.shape[-1]
+    palette = torch.tensor(list(COLORS.values())) / 255                    # (6, 3)
+    hues = chroma(*palette.T)
+    c = chroma(*x)                                                         # (side, side)
+    nearest = (c[..., None] * (hues / hues.abs()).conj()).real.argmax(-1)  # index into COLORS
+    gray = c.abs() < 0.15 * x.amax(0).clamp(min=0.2)                       # the word
+    label = torch.where(gray, -1, nearest)
+
+    margin = side // 12
+    frame = torch.ones(side, side, dtype=torch.bool)
+    frame[margin:-margin, margin:-margin] = False
+    ground = most_frequent(label[frame])
+    # The figure is what is not ground, less a pixel, because edges mix hues.
+    outside = ((label == ground) | (label < 0)).float()
+    figure = F.max_pool2d(outside[None], 3, 1, 1)[0] == 0
+    color = most_frequent(label[figure & (label != ground)])
+    names = list(COLORS)
+    shape = read_shape((label == color) & (label != ground))
+    pattern = read_pattern(x.mean(0) / palette[ground].mean(), label == ground)
+    return names[color], shape, pattern, names[ground]
+
+
+def chroma(r, g, b):
+    """A complex number whose angle is the hue."""
+    return torch.complex(r - (g + b) / 2, 3 ** 0.5 / 2 * (g - b))
+
+
+def most_frequent(labels):
+    labels = labels[labels >= 0]
+    return int(labels.mode().values) if len(labels) else 0
+
+
+def read_shape(figure):
+    """How strongly a mask (side, side) repeats 3, 4 or 5 times around its center, in units of
+    a perfect triangle, square or star; what does not is a circle."""
+    if not figure.any():
+        return "circle"
+    y, x = torch.nonzero(figure).T.double()
+    z = torch.complex(x - x.mean(), y - y.mean())
+    strength = {}
+    for name, folds, perfect in (("triangle", 3, 0.66), ("square", 4, 0.43), ("star", 5, 0.79)):
+        strength[name] = (z ** folds).mean().abs() / (z.abs() ** folds).mean() / perfect
+    shape = max(strength, key=strength.get)
+    return shape if strength[shape] > 0.25 else "circle"
+
+
+def read_pattern(brightness, ground):
+    """Marks are darker than all of the ground's gradient: how much of the ground they cover, and
+    whether columns alone tell it all. brightness (side, side), ground a mask of that shape."""
+    dark = (brightness < 0.75) & ground
+    share = dark.sum() / ground.sum().clamp(min=1)
+    if share < 0.07:
+        return "plain"
+    columns = ground.sum(0).clamp(min=1)
+    spread = (columns * (dark.sum(0) / columns - share).square()).sum() / columns.sum()
+    if spread > 0.5 * share * (1 - share):
+        return "striped"
+    return "dotted" if share < 0.33 else "checkered"
+
+
+# ================================================================ the shelf
+# What all stages share and no reader of the method needs. Skip it on a first reading.
+
+BAR = dict(dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20)  # fewer log lines
 
 
 def stop(sentence):
@@ -395,28 +731,56 @@ def stop(sentence):
     raise SystemExit(2)
 
 
+# ---------------------------------------------------------------- shelf: the command line
+
 def parse_cli(Settings, presets, doc, argv=None):
-    """A Settings from the command line: default < preset < flag. A flag for each field, its comment as the help text."""
-    types, notes = typing.get_type_hints(Settings), {}
+    """A Settings from the command line: default < preset < flag.
+
+    There is a flag for each field, with the comment behind the field as its help text.
+    """
+    types = typing.get_type_hints(Settings)
+    notes = {}
     for cls in reversed(Settings.__mro__[:-1]):
-        notes |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(presets), default="demo", help="named sets of values [demo]")
-    for f in fields(Settings):
-        kind, options = types[f.name], {"default": argparse.SUPPRESS}
+        source = inspect.getsource(cls)
+        notes |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(presets), default="demo",
+                        help="named sets of values [demo]")
+    for field in fields(Settings):
+        kind = types[field.name]
+        options = {"type": kind}
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
-            options |= dict(type=typing.get_args(kind)[0], nargs="*")
+            options = {"type": typing.get_args(kind)[0], "nargs": "*"}
         elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-        else:
-            options["type"] = kind
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{notes.get(f.name, '')} [{f.default}]".replace("%", "%%"), **options)
+            options = {"choices": typing.get_args(kind)}
+        note = f"{notes.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=note,
+                            default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
     values = {"run": f"runs/{preset}"} | presets[preset] | given
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Settings(**with_tuples(values))
+
+
+def with_tuples(values):
+    """The same dict with tuples for lists, as our frozen settings have them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def command_line(main, Settings, presets, doc):
+    """What every script does when it is run. Ctrl-C ends with a sentence."""
+    try:
+        main(parse_cli(Settings, presets, doc))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except RuntimeError:
+        if not SIGNALS:                       # else: the first process has saved and left
+            raise
+        raise SystemExit(128 + SIGNALS[0]) from None
 
 
 def print_settings(settings, **more):
@@ -425,27 +789,40 @@ def print_settings(settings, **more):
 
 
 def check_settings(stored, now, free, what):
-    """Stop where `now` differs from `stored` in anything that shapes the result; `free` names what may change."""
-    stored, now = (json.loads(json.dumps(v)) for v in (stored, now))        # tuples and lists alike
+    """Stop where `now` differs from `stored` in what shapes the result; `free` may differ."""
+    now = json.loads(json.dumps(now))         # tuples and lists alike
+    stored = json.loads(json.dumps(stored))
     for key in sorted(now.keys() - free):
-        if now[key] != (old := stored.get(key, "unknown")):
-            stop(f"{what} was made with --{key.replace('_', '-')} {old}, now it is {now[key]}: keep the old value, or take another --run")
+        old = stored.get(key, "unknown")
+        if now[key] != old:
+            stop(f"{what} was made with --{key.replace('_', '-')} {old}, now it is {now[key]}: "
+                 "keep the old value, or take another --run")
+
+
+# ---------------------------------------------------------------- shelf: files
+
+def aside(path):
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_aside(path, write):
-    """Write to a temporary file beside `path`, then rename: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write to a file beside `path`, then rename it: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(aside, "wb") as f:
+        with open(aside(path), "wb") as f:
             write(f)
-        os.replace(aside, path)
+        os.replace(aside(path), path)
     finally:
-        aside.unlink(missing_ok=True)
+        aside(path).unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_aside(path, lambda f: f.write(text.encode()))
 
 
 def read_jsonl(path, mend=False):
-    """Yield the objects of a .jsonl file; a last line cut off by a crash is passed over, and with `mend` removed."""
+    """Yield the objects of a .jsonl file. A last line that a crash cut off is passed over, and
+    with `mend` removed."""
     with open(path, "rb") as f:
         for line in f:
             if not line.endswith(b"\n"):
@@ -455,9 +832,37 @@ def read_jsonl(path, mend=False):
             yield json.loads(line)
 
 
-def generator(*key):
-    """Random numbers that are a function of `key`. (Of a seed given to manual_seed, PyTorch's CPU generator looks at 32 bits.)"""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(32))
+def save_checkpoint(path, **contents):
+    """Plain dicts, tensors, numbers and strings, written aside and renamed."""
+    write_aside(Path(path), lambda f: torch.save(contents, f))
+
+
+def read_checkpoint(path, stages=(), remedy="run 04_train_vae.py first"):
+    """The dict in a checkpoint, memory-mapped. Stops with a sentence and a remedy if it is missing,
+    damaged, or not from one of `stages`."""
+    if not Path(path).is_file():
+        stop(f"{path} is missing: {remedy}")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            file = load_file(path)
+        else:
+            mapped = zipfile.is_zipfile(path)           # PyTorch's older format cannot be
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except ImportError:
+        stop(f"{path} needs the safetensors package: pip install safetensors")
+    except Exception as error:
+        stop(f"{path} cannot be read ({type(error).__name__}), it is damaged or not a "
+             f"checkpoint: {remedy}")
+    if not isinstance(file, dict) or (stages and file.get("stage") not in stages):
+        stop(f"{path} is not a checkpoint of {' or '.join(stages) or 'an autoencoder'}: {remedy}")
+    return file
+
+
+def parent(path):
+    """How a checkpoint names the file it was made from."""
+    with open(path, "rb") as f:
+        return {"path": str(path), "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
 def log(run, **entry):
@@ -466,13 +871,205 @@ def log(run, **entry):
         f.write(json.dumps(entry) + "\n")
 
 
-def command_line(main, Settings, presets, doc):
-    """The command line of every script. Ctrl-C ends with a sentence."""
+# ---------------------------------------------------------------- shelf: device and processes
+
+def pick_device(name):
+    """torch.device for --device. Under torchrun each process takes a GPU of its own at once."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        main(parse_cli(Settings, presets, doc))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        stop(f"--device {name} is not to be had here: {str(error).splitlines()[0]}")
+
+
+def loader_workers(s, device):
+    """Processes for --workers; a CPU's cores are busy training."""
+    if s.workers >= 0:
+        return s.workers
+    return 8 if device.type == "cuda" else 0
+
+
+def start(s):
+    """Seed, precision, device and processes of a stage that trains; returns the device."""
+    torch.manual_seed(s.seed)
+    exact = s.precision == "fp32"
+    torch.backends.cudnn.allow_tf32 = not exact
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    device = pick_device(s.device)
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))   # 7 B may load long
+    _, world = processes()
+    if s.batch < 1 or s.batch % (world * s.accumulate):
+        stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate "
+             f"{s.accumulate}")
+    return device
+
+
+def processes():
+    """This process's number, and how many there are: (0, 1) without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average_gradients(parameters):
+    """Add gradients up over processes; the losses were divided by their number.
+
+    Each tensor by itself and in this order, so that a resumed run adds up alike. (Distributed-
+    DataParallel orders its buckets anew after the first step, and so rounds differently.)
+    """
+    if dist.is_initialized():
+        pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+        for work in pending:
+            work.wait()
+
+
+def gather(values, alone=False):
+    """Python numbers of 0-d tensors, means over processes; here the host waits for the device.
+    alone: only this process calls, the others know nothing of it."""
+    numbers = torch.stack([value.float() for value in values.values()])
+    if dist.is_initialized() and not alone:
+        dist.all_reduce(numbers)
+        numbers /= dist.get_world_size()
+    return dict(zip(values, numbers.tolist()))
+
+
+def check_finite(values, step, out):
+    wrong = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+    if wrong:
+        stop(f"step {step}: {wrong} not finite; {out} still holds the last good step: lower --lr, "
+             "or use --precision fp32")
+
+
+def positions(s, step):
+    """Lists of the numbers of the pictures that this process sees, one list per part of a step."""
+    rank, world = processes()
+    share = s.batch // world
+    part = share // s.accumulate
+    for first in range(step * s.batch + rank * share, s.steps * s.batch, s.batch):
+        for begin in range(first, first + share, part):
+            yield list(range(begin, begin + part))
+
+
+def generator(*key):
+    """Random numbers that are a function of `key`."""
+    # Of a seed, PyTorch's CPU generator looks at 32 bits.
+    bits = random.Random("/".join(map(str, key))).getrandbits(32)
+    return torch.Generator().manual_seed(bits)
+
+
+# ---------------------------------------------------------------- shelf: resuming and stopping
+
+def resume(s, stage, out, made_from, free=()):
+    """What an interrupted run left in `out`, or None; what contradicts the settings is an error."""
+    aside(out).unlink(missing_ok=True)        # from a save that was killed
+    file = None
+    if out.exists():
+        file = read_checkpoint(out, (stage,), "take another --run, or remove it")
+        free = {field.name for field in fields(TrainingRun)} - {"seed"} | {"steps", *free}
+        check_settings(file["settings"], asdict(s), free, out)
+        if file["parent"]["sha256"] != made_from["sha256"]:
+            stop(f"{made_from['path']} has changed since {out} was begun: take another --run")
+        if file["step"] > s.steps:
+            stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
+    # The log goes back to the checkpoint too, or lost steps would stand in it twice.
+    path = Path(s.run, "log.jsonl")
+    if path.exists() and processes()[0] == 0:
+        last = file["step"] if file else 0
+        kept = [line for line in read_jsonl(path) if line["stage"] != stage or line["step"] <= last]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return file
+
+
+def load_state(file, state):
+    """Fill networks and optimizers, {name: module}, from a checkpoint; returns its step, else 0."""
+    if file is None:
+        return 0
+    for name, module in state.items():
+        module.load_state_dict(copy.deepcopy(file[name]) if "optimizer" in name else file[name])
+    return file["step"]
+
+
+def save_state(out, state, **about):
+    """A checkpoint of the same networks and optimizers, and what there is to say about them."""
+    tensors = {name: module.state_dict() for name, module in state.items()}
+    save_checkpoint(out, **about, **tensors)
+
+
+SIGNALS = []    # that asked this process to stop
+
+
+def listen():
+    """From now on Ctrl-C and SIGTERM only fill SIGNALS, so that a step can end and be saved.
+
+    The first process alone looks at it: its weights are the others' too, and they end with it.
+    """
+    SIGNALS.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+
+
+def remember(number, frame):
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)     # a second Ctrl-C kills
+
+
+def ignore_signals(worker):
+    """Loader processes leave it to the main process to end: Ctrl-C reaches them too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave(stage, out, step):
+    print(f"{stage}: saved {out} at step {step}; the same command goes on from there",
+          file=sys.stderr)
+    raise SystemExit(128 + SIGNALS[0])
+
+
+# ---------------------------------------------------------------- shelf: sheets of pictures
+
+def save_sheet(path, tiles, columns, titles=(), rows=(), captions=()):
+    """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified.
+
+    A title stands over each column, a label beside each row, a caption under each picture.
+    """
+    nearest = InterpolationMode.NEAREST
+    tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), nearest) for t in tiles]
+    tile_h, tile_w = tiles[0].shape[1:]
+    left = 120 if rows else 0
+    top = 22 if titles else 0
+    step_x = tile_w + 4
+    step_y = tile_h + 4 + (54 if captions else 0)
+    lines = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (left + columns * step_x, top + lines * step_y), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for i, tile in enumerate(tiles):
+        x = left + i % columns * step_x
+        y = top + i // columns * step_y
+        sheet.paste(TF.to_pil_image(tile), (x, y))
+        if captions:
+            text = textwrap.wrap(captions[i], tile_w // 8, max_lines=3, placeholder=" ...")
+            draw.multiline_text((x + 2, y + tile_h + 1), "\n".join(text), "black", font, spacing=2)
+    for i, title in enumerate(titles):
+        draw.text((left + i * step_x + 2, 3), title, "black", font)
+    for i, label in enumerate(rows):
+        draw.text((4, top + i * step_y + 4), label, "black", font)
+    write_aside(path, lambda f: sheet.save(f, "PNG"))
 
 
 if __name__ == "__main__":

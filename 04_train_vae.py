@@ -1,22 +1,26 @@
-"""Stage 4 of VIVAT: train the VAE and its discriminator together, from step 0 (Sec. 3.1, Tables 2 and 3).
+"""Stage 4 of VIVAT: train the VAE and its discriminator together (Sec. 3.1, Tables 2 and 3).
 
 Reads   RUN/data (01_data.py); RUN/vae.pt if this run was interrupted.
-Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reconstructions), RUN/log.jsonl.
+Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reconstructions),
+        RUN/log.jsonl.
 Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 
     python 04_train_vae.py --preset small --run runs/mine
     torchrun --nproc-per-node 8 -- 04_train_vae.py --preset paper --run runs/mine
 
-The same command again goes on where the last one stopped, exactly: everything random is a function of (seed, step).
+The same command again goes on where the last one stopped, exactly: everything random is a function
+of (stage, seed, step).
 """
-import copy, datetime, importlib, json, math, os, signal, sys, time
+import collections
+import copy
+import importlib
+import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -25,30 +29,24 @@ model = importlib.import_module("02_model")
 losses = importlib.import_module("03_losses")
 
 
+# ---------------------------------------------------------------- settings
+
 @dataclass(frozen=True)
-class Training(losses.Losses):
+class Training(data.TrainingRun, losses.Losses):
     """All but the architecture, so that 05 can have it too."""
-    run: str = ""                      # folder that all stages share [runs/PRESET]
-    crop: int = data.Settings.crop     # Sec. 5.1
-    lr: float = 1e-4                   # Table 2, of both networks
-    ema_decay: float = 0.9999          # Table 2
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"   # Table 2; bf16: the VAE under autocast, losses and weights stay FP32
-    steps: int = 1_000_000             # not in the paper: of the order of MoVQGAN's 1.3 to 2.4 million
-    batch: int = 64                    # not in the paper: pictures a step over all processes; MoVQGAN had 8 to 20 on each of its GPUs
-    accumulate: int = 1                # not in the paper: parts that a process's share of the batch goes through memory in
-    beta1: float = 0.5                 # not in the paper: Adam, of MoVQGAN; low, since the other player moves
-    beta2: float = 0.9                 # not in the paper: Adam, of MoVQGAN
-    clip: float = 1.0                  # not in the paper: largest gradient norm; MoVQGAN clips each value at 1.0
-    seed: int = 0                      # not in the paper: any; all that is random follows from it and the step
-    device: str = "auto"               # not in the paper: cuda, mps or cpu
-    compile: bool = False              # not in the paper: torch.compile the VAE
-    workers: int = -1                  # not in the paper: loader processes; -1 is 8 beside a GPU, 0 on a CPU
-    log_every: int = 100               # not in the paper: steps between two lines of the log
-    val_every: int = 2_000             # not in the paper: steps between two looks at the validation pictures
-    save_every: int = 2_000            # not in the paper: steps between two checkpoints
-    val_pictures: int = 256            # not in the paper: validation pictures that are looked at, at most
-    latent_pictures: int = 10_000      # not in the paper: training crops that latent mean and deviation are taken over
-    dry_run: bool = False              # print settings and parameter counts as JSON and stop
+    crop: int = data.Settings.crop   # Sec. 5.1
+    lr: float = 1e-4                 # Table 2; not in the paper: for the discriminator too
+    ema_decay: float = 0.9999        # Table 2
+    # bf16: the VAE under autocast; weights and losses in FP32, whose products a GPU rounds to TF32
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2
+    steps: int = 1_000_000           # not in the paper: of the order of MoVQGAN's 1.3 to 2.4 million
+    batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
+    accumulate: int = 1              # parts in which a process's share goes through memory
+    beta1: float = 0.5               # not in the paper: Adam as in MoVQGAN; low: the other moves
+    beta2: float = 0.9               # not in the paper: Adam as in MoVQGAN
+    clip: float = 1.0                # not in the paper: gradient norm; MoVQGAN clips each value
+    val_pictures: int = 256          # validation pictures that are looked at, at most
+    latent_pictures: int = 10_000    # training crops that latent mean and deviation are taken over
 
 
 @dataclass(frozen=True)
@@ -56,239 +54,253 @@ class Settings(Training, model.Architecture):
     pass
 
 
-DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=500, save_every=500, val_pictures=64, latent_pictures=256)
+DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=500, save_every=500, val_pictures=64,
+            latent_pictures=256)
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
     "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
     "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1500),
 }
-FREE = {"run", "vae", "steps", "device", "workers", "compile", "log_every", "val_every", "save_every", "val_pictures", "dry_run"}  # may change on resume
 
 
-def train(s, stage, out, vae, disc, parent, resume, latents=None):
-    """Train the parameters of `vae` that require a gradient, and `disc`, up to step s.steps, and leave the result in `out`.
+# ---------------------------------------------------------------- one step of both players
 
-    resume: what an interrupted run left in `out`, or None. latents: (mean, std) of the latents if they are known, else they are measured.
+def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
+    """Add the gradients of one part of a step to both players; returns the terms, not weighted.
+
+    x: pictures (b, 3, crop, crop) in [-1, 1]. noise: N(0, I) in the latents' shape.
     """
-    if resume and resume["step"] == s.steps and resume["latent_mean"] is not None:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+        x_hat, mu, logvar = [v.float() for v in vae(x, noise)]
+    share = 1 / (s.accumulate * data.processes()[1])      # of this part in the mean over the batch
+
+    # not in the paper: one x_hat serves both players, judged once. Each backward pass reaches the
+    # weights of its own player only.
+    real = disc(x)
+    fake = disc(x_hat)
+    disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
+    (share * disc_loss).backward(inputs=judging, retain_graph=True)
+
+    kl = losses.kl_loss(mu, logvar)                       # Eq. 3
+    recon = losses.recon_loss(x, x_hat)                   # Eq. 4
+    adv = losses.adversarial_loss(fake, s.gan_loss)       # Eq. 5
+    perc = perceptual(x, x_hat)                           # Eq. 6
+    total = losses.total_loss(kl, recon, adv, perc, s)    # Eq. 7
+    (share * total).backward(inputs=trained)
+    return dict(total=total, kl=kl, recon=recon, adv=adv, perc=perc,
+                disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
+
+
+def train_step(parts, vae, disc, perceptual, optimizer, disc_optimizer, s):
+    """One step of both players; returns 0-d tensors for the log.
+
+    parts: this process's share of the batch as (x, noise), of which one at a time is in memory.
+    """
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    judging = list(disc.parameters())
+    values = collections.defaultdict(float)
+    for x, noise in parts:
+        terms = add_gradients(x, noise, vae, disc, perceptual, trained, judging, s)
+        for name in terms:
+            values[name] += terms[name].detach() / s.accumulate
+        del terms                                         # the discriminator's graph was retained
+    data.average_gradients(trained)
+    data.average_gradients(judging)
+    values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
+    values["grad_disc"] = torch.nn.utils.clip_grad_norm_(judging, s.clip)
+    for player in (optimizer, disc_optimizer):
+        player.step()
+        player.zero_grad()
+    return values
+
+
+# ---------------------------------------------------------------- the loop
+
+def train(s, stage, out, vae, disc, made_from, file, latents=None):
+    """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
+
+    file: what an interrupted run left in `out`, or None. latents: (mean, std) of the latents where
+    they are known; else they are measured at the end.
+    """
+    if file and file["step"] == s.steps and file["latent_mean"] is not None:
         print(f"{out} is finished at step {s.steps}; more --steps go on from there")
         return
     if not vae.takes(s.crop):
         data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = data.processes()
     device = next(vae.parameters()).device
-    share = s.batch // world                                # pictures of each step that this process sees
-    micro = share // s.accumulate                           # and of these, what is in memory at once
-    perceptual = losses.Perceptual(s.perceptual_net).to(device, memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = True                 # crops have one size
+    layout = dict(memory_format=torch.channels_last)      # in which convolutions are fastest
+    perceptual = losses.Perceptual(s.perceptual_net).to(device, **layout)
     if s.perceptual_net == "untrained" and rank == 0:
-        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; --perceptual-net vgg is the real one")
-    vae, disc = (net.to(memory_format=torch.channels_last) for net in (vae, disc))      # as above, the layout convolutions are fastest in
+        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; "
+              "--perceptual-net vgg is the real one")
+    vae = vae.to(**layout)
+    disc = disc.to(**layout)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    trained, judging = [p for p in vae.parameters() if p.requires_grad], list(disc.parameters())
+    trained = [p for p in vae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
-    # not in the paper: Adam, one for each player, of MoVQGAN
+    # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
-    optimizer, disc_optimizer = torch.optim.Adam(trained, **adam), torch.optim.Adam(judging, **adam)
-    step = 0
-    if resume:
-        step = resume["step"]
-        for module, key in ((vae, "model"), (ema, "ema"), (disc, "disc"), (optimizer, "optimizer"), (disc_optimizer, "disc_optimizer")):
-            module.load_state_dict(resume[key])
-    save = lambda mean=None, std=None: rank == 0 and model.save_checkpoint(
-        out, stage=stage, step=step, settings=asdict(s), architecture=asdict(vae.architecture), parent=parent, latent_mean=mean, latent_std=std,
-        model=vae.state_dict(), ema=ema.state_dict(), disc=disc.state_dict(),
-        optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict())
-    vae_net, disc_net = torch.compile(vae) if s.compile else vae, disc
-    if world > 1:
-        vae_net, disc_net = DistributedDataParallel(vae_net), DistributedDataParallel(disc_net)
+    optimizer = torch.optim.Adam(trained, **adam)
+    disc_optimizer = torch.optim.Adam(disc.parameters(), **adam)
+    state = dict(model=vae, ema=ema, disc=disc, optimizer=optimizer, disc_optimizer=disc_optimizer)
+    step = data.load_state(file, state)
+    del file                                              # at the paper's size, gigabytes
+    about = dict(stage=stage, settings=asdict(s), architecture=asdict(vae.architecture),
+                 parent=made_from)
+    forward = torch.compile(model.set_fast(vae, False)) if s.compile else vae
 
-    crops = data.Crops(Path(s.run, "data", "train"), s.crop, s.seed)
-    val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device)) if rank == 0 else None
-    positions = ([t * s.batch + rank * share + a * micro + i for i in range(micro)] for t in range(step, s.steps) for a in range(s.accumulate))
-    loader = iter(DataLoader(crops, batch_sampler=positions, num_workers=model.loader_workers(s.workers, device), pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
-    stopping = catch_signals()
+    crops = data.Crops(Path(s.run, "data", "train"), s.crop, stage, s.seed)
+    loader = iter(DataLoader(crops, batch_sampler=data.positions(s, step),
+                             num_workers=data.loader_workers(s, device),
+                             pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals))
+    if rank == 0:
+        val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device))
+    data.listen()
     bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
-    clock, since = time.time(), step
-
+    clock = time.time()
+    since = step
     for step in range(step + 1, s.steps + 1):
-        # Noise of the whole batch on the CPU, then this process's rows: the same on any device and number of processes.
-        # (Of a seed, PyTorch's CPU generator looks at 32 bits: seed and step must differ within those.)
-        noise = torch.randn(s.batch, vae.architecture.latent_channels, s.crop // vae.factor, s.crop // vae.factor, generator=torch.Generator().manual_seed(1_000_003 * s.seed + step))
-        noise = noise[rank * share:(rank + 1) * share]
-        noise = (noise.pin_memory() if device.type == "cuda" else noise).split(micro)      # copied without the host waiting
-        values = {}
-        for part in range(s.accumulate):
-            vae_net.require_backward_grad_sync = disc_net.require_backward_grad_sync = part == s.accumulate - 1
-            x = losses.from_uint8(next(loader).to(device, non_blocking=True, memory_format=torch.channels_last))   # (micro, 3, crop, crop)
-            with autocast:
-                x_hat, mean, logvar = vae_net(x, noise[part].to(device, non_blocking=True))
-            x_hat, mean, logvar = x_hat.float(), mean.float(), logvar.float()
-
-            # One look of the discriminator at x_hat serves both players, each backward pass reaching its own parameters only.
-            fake, real = disc_net(x_hat), disc_net(x)
-            disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
-            (disc_loss / s.accumulate).backward(inputs=judging, retain_graph=True)
-            total, terms = losses.total_loss(x, x_hat, mean, logvar, fake, perceptual, s)           # Eq. 7
-            (total / s.accumulate).backward(inputs=trained)
-            for name, value in dict(total=total, **terms, disc=disc_loss, d_real=real.mean(), d_fake=fake.mean()).items():
-                values[name] = values.get(name, 0) + value.detach() / s.accumulate
-            del real, disc_loss                             # and with them the graph that was retained
-        values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
-        values["grad_disc"] = torch.nn.utils.clip_grad_norm_(judging, s.clip)
-        optimizer.step()
-        disc_optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        disc_optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():                               # not in the paper: the usual warm-up of the average
-            torch._foreach_lerp_(averaged, trained, 1 - min(s.ema_decay, (1 + step) / (10 + step)))
+        parts = load_parts(loader, vae, stage, step, device, s)
+        values = train_step(parts, forward, disc, perceptual, optimizer, disc_optimizer, s)
+        model.update_average(averaged, trained, step, s.ema_decay)
         bar.update()
 
-        last, stop_now = step == s.steps, stopping(device)
-        saving, logging = step % s.save_every == 0 or last or stop_now, step % s.log_every == 0 or step % s.val_every == 0 or last
-        if saving or logging:
-            values = gather(values, world)
-            if not all(math.isfinite(v) for v in values.values()):
-                bar.close()
-                wrong = ", ".join(name for name, v in values.items() if not math.isfinite(v))
-                data.stop(f"step {step}: {wrong} not finite; {out} still holds the last good step: lower --lr or --clip, or use --precision fp32")
+        last = step == s.steps
+        looking = last or step % s.val_every == 0
+        logging = looking or step % s.log_every == 0
+        saving = last or step % s.save_every == 0
+        stopping = rank == 0 and bool(data.SIGNALS)
+        if logging or saving or stopping:
+            values = data.gather(values, alone=not (logging or saving))
+            data.check_finite(values, step, out)
+        if logging and rank == 0:
+            entry = log_entry(values, stage, step, s)
+            entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
+            if looking:
+                entry |= validate(ema, val, perceptual, s)
+            bar.write(status(entry, s.steps))
+            data.log(s.run, **entry)
         if logging:
-            rate = (step - since) * s.batch / (time.time() - clock)
-            weighted = {f"weighted_{k}": values[k] * w for k, w in dict(kl=s.lambda_kl, recon=s.lambda_recon, adv=s.lambda_adv, perc=s.lambda_perc).items()}
-            entry = dict(stage=stage, step=step) | values | weighted | dict(pictures_per_second=rate)
-            if (step % s.val_every == 0 or last) and rank == 0:
-                entry |= validate(ema, val, perceptual, micro, Path(s.run, "reconstructions.png"))
-            if rank == 0:
-                bar.write(status(entry, s.steps))
-                data.log(s.run, **entry)
-            clock, since = time.time(), step
-        if saving:
-            save()
-        if stop_now:
+            clock = time.time()
+            since = step
+        if rank == 0 and (saving or stopping):
+            data.save_state(out, state, step=step, latent_mean=None, latent_std=None, **about)
+        if stopping:
             bar.close()
-            print(f"{stage}: saved {out} at step {step}; the same command goes on from there", file=sys.stderr)
-            raise SystemExit(128 + stop_now)
+            data.leave(stage, out, step)
     bar.close()
     if rank == 0:
-        mean, std = latents or latent_statistics(ema, crops, s, micro, device)
-        save(mean, std)
-        print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to {std.max():.3f} over {len(std)} channels")
+        mean, std = latents or latent_statistics(ema, crops, s, device)
+        data.save_state(out, state, step=step, latent_mean=mean, latent_std=std, **about)
+        print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to "
+              f"{std.max():.3f} over {len(std)} channels")
 
+
+def load_parts(loader, vae, stage, step, device, s):
+    """(x, noise) of each part of a step, on the device.
+
+    The noise of the whole batch is drawn on the CPU, then cut into the processes' shares and their
+    parts: the same on any device and with any number of processes.
+    """
+    rank, world = data.processes()
+    side = s.crop // vae.factor
+    noise = torch.randn(s.batch, vae.architecture.latent_channels, side, side,
+                        generator=data.generator(stage, s.seed, step))
+    for part in noise.chunk(world)[rank].chunk(s.accumulate):
+        x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
+        yield losses.from_uint8(x), part.to(device)
+
+
+# ---------------------------------------------------------------- looking
 
 @torch.no_grad()
-def validate(ema, x, perceptual, batch, picture):
-    """Mean PSNR and perceptual distance of the EMA weights' reconstructions from the posterior's mean; draws the first eight."""
-    psnr, perc, shown = [], [], x[:0]
-    for part in x.split(batch):
-        x_hat = ema.decode(ema.encode(part).mean)
+def validate(ema, x, perceptual, s):
+    """Mean PSNR and perceptual distance of what the EMA weights make of x (n, 3, crop, crop) from
+    the posterior's mean; draws the first eight."""
+    psnr = []
+    perc = 0.0
+    shown = []
+    for part in x.split(part_size(s)):
+        x_hat = ema.decode(ema.encode(part).mu)
         psnr.append(losses.psnr(part, x_hat))
-        perc.append(perceptual(part, x_hat) * len(part))
-        shown = torch.cat([shown, x_hat])[:8]
-    data.save_sheet(picture, [losses.to_uint8(t) for t in (*x[:len(shown)], *shown)], len(shown), rows=["original", "reconstruction"])
-    return {"val_psnr": torch.cat(psnr).mean().item(), "val_perc": (sum(perc) / len(x)).item()}
+        perc += perceptual(part, x_hat).item() * len(part) / len(x)
+        shown += list(x_hat)[:8 - len(shown)]
+    tiles = [losses.to_uint8(picture) for picture in [*x[:len(shown)], *shown]]
+    data.save_sheet(Path(s.run, "reconstructions.png"), tiles, len(shown),
+                    rows=["original", "reconstruction"])
+    return {"val_psnr": torch.cat(psnr).mean().item(), "val_perc": perc}
 
 
 @torch.no_grad()
-def latent_statistics(vae, crops, s, batch, device):
-    """Mean and standard deviation of each latent channel, (k,), of z drawn from the posteriors of training crops."""
-    n, sums, squares = 0, 0, 0
-    for i in tqdm(range(0, s.latent_pictures, batch), unit="batch", desc="latents", **data.BAR):
-        x = losses.from_uint8(torch.stack([crops[j] for j in range(i, min(i + batch, s.latent_pictures))]).to(device))
+def latent_statistics(vae, crops, s, device):
+    """Mean and deviation of each latent channel, (k,), of z drawn from training crops' posteriors:
+    E[z] = E[mu], E[z^2] = E[mu^2 + sigma^2]."""
+    n = 0
+    total = 0
+    squares = 0
+    numbers = torch.arange(s.latent_pictures).split(part_size(s))
+    for part in tqdm(numbers, unit="batch", desc="latents", **data.BAR):
+        x = losses.from_uint8(torch.stack([crops[int(i)] for i in part]).to(device))
         q = vae.encode(x)
-        mean, var = (t.cpu().double() for t in (q.mean, q.logvar.exp()))                # (b, k, h/f, w/f)
-        n += mean[:, 0].numel()
-        sums = sums + mean.sum(dim=(0, 2, 3))
-        squares = squares + (mean.square() + var).sum(dim=(0, 2, 3))                    # E[z^2] = mean^2 + var
-    return (sums / n).float(), (squares / n - (sums / n).square()).sqrt().float()
+        mu = q.mu.cpu().double()                                          # (b, k, h/f, w/f)
+        variance = q.logvar.exp().cpu().double()
+        n += mu[:, 0].numel()
+        total = total + mu.sum(dim=(0, 2, 3))                             # (k,)
+        squares = squares + (mu.square() + variance).sum(dim=(0, 2, 3))
+    mean = total / n
+    return mean.float(), (squares / n - mean.square()).sqrt().float()
 
 
-# ---------------------------------------------------------------- plumbing
+def part_size(s):
+    """How many pictures a process has in memory at once."""
+    return s.batch // (s.accumulate * data.processes()[1])
+
+
+def log_entry(values, stage, step, s):
+    weights = dict(kl=s.lambda_kl, recon=s.lambda_recon, adv=s.lambda_adv, perc=s.lambda_perc)
+    weighted = {f"weighted_{name}": values[name] * weight for name, weight in weights.items()}
+    return dict(stage=stage, step=step) | values | weighted
+
 
 def status(e, steps):
     """One line: each term raw, and times its weight."""
-    terms = "  ".join(f"{k} {e[k]:.4g} > {e['weighted_' + k]:.4g}" for k in ("recon", "perc", "adv", "kl"))
-    val = f"  val {e['val_psnr']:.2f} dB, perc {e['val_perc']:.4f}" if "val_psnr" in e else ""
-    return (f"{e['step']:7d}/{steps}  loss {e['total']:.4f}  {terms}  D {e['disc']:.3f} real {e['d_real']:+.2f} fake {e['d_fake']:+.2f}"
-            f"  grad {e['grad_vae']:.2g} {e['grad_disc']:.2g}  {e['pictures_per_second']:.0f} pic/s{val}")
+    line = f"{e['step']:7d}/{steps}  loss {e['total']:.4f}"
+    for name in ("recon", "perc", "adv", "kl"):
+        line += f"  {name} {e[name]:.4g} > {e['weighted_' + name]:.4g}"
+    line += f"  D {e['disc']:.3f} real {e['d_real']:+.2f} fake {e['d_fake']:+.2f}"
+    line += f"  grad {e['grad_vae']:.2g} {e['grad_disc']:.2g}"
+    line += f"  {e['pictures_per_second']:.0f} pictures/s"
+    if "val_psnr" in e:
+        line += f"  val {e['val_psnr']:.2f} dB, perc {e['val_perc']:.4f}"
+    return line
 
 
-def gather(values, world):
-    """Python numbers of the step's 0-d tensors, means over all processes; the only place where the host waits for the device."""
-    numbers = torch.stack([v.float() for v in values.values()])
-    if world > 1:
-        dist.all_reduce(numbers)
-        numbers /= world
-    return dict(zip(values, numbers.tolist()))
-
-
-def catch_signals():
-    """After Ctrl-C or SIGTERM the returned function gives the signal's number, in all processes at the same step; a second Ctrl-C kills."""
-    caught, asked = [], []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
-
-    def stopping(device):
-        if not dist.is_initialized():
-            return caught[0] if caught else 0
-        asked.append(torch.full((), float(caught[0] if caught else 0), device=device))
-        dist.all_reduce(asked[-1], op=dist.ReduceOp.MAX)
-        return int(asked.pop(0)) if len(asked) > 1 else 0       # what was asked a step ago: so the host need not wait for this step
-    return stopping
-
-
-def ignore_signals(worker):
-    """Loader processes leave it to the main process to end: Ctrl-C reaches them too."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def prepare(s, stage, out, parent, free=FREE):
-    """Device, processes and what an interrupted run left: (device, checkpoint or None). What contradicts it is an error."""
-    torch.manual_seed(s.seed)
-    torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
-    torch.set_float32_matmul_precision("highest" if s.precision == "fp32" else "high")
-    device = model.pick_device(s.device)
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=3))   # a text encoder may load for long
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if s.batch < 1 or s.batch % (world * s.accumulate):
-        data.stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate {s.accumulate}")
-    file = None
-    if out.exists():
-        file = model.read_checkpoint(out, (stage,), "take another --run, or remove it")
-        data.check_settings(file["settings"], asdict(s), free, out)
-        if file["parent"]["sha256"] != parent["sha256"]:
-            data.stop(f"{parent['path']} has changed since {out} was begun: take another --run for what is new")
-        if file["step"] > s.steps:
-            data.stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
-    # The log goes back to the checkpoint too: lines of steps that were lost would otherwise stand in it twice.
-    log = Path(s.run, "log.jsonl")
-    if log.exists() and int(os.environ.get("RANK", 0)) == 0:
-        keep = [line for line in data.read_jsonl(log) if line.get("stage") != stage or (file and line["step"] <= file["step"])]
-        data.write_aside(log, lambda f: f.write("".join(json.dumps(line) + "\n" for line in keep).encode()))
-    return device, file
-
+# ---------------------------------------------------------------- main
 
 def print_counts(s, vae, disc):
-    data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder), decoder=model.count(vae.decoder), discriminator=model.count(disc))
+    data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder),
+                        decoder=model.count(vae.decoder), discriminator=model.count(disc))
 
 
 def main(s):
+    stage = "04_train_vae"
     if s.dry_run:
         with torch.device("meta"):
-            return print_counts(s, model.build(s), losses.Discriminator(s.disc_width, s.disc_layers))
-    out, pictures = Path(s.run, "vae.pt"), Path(s.run, "data", "train")
-    data.picture_names(pictures, s.crop)
-    parent = model.parent(pictures / "metadata.jsonl")
-    device, resume = prepare(s, "04_train_vae", out, parent)
-    vae, disc = model.build(s).to(device), losses.Discriminator(s.disc_width, s.disc_layers).to(device)
-    train(s, "04_train_vae", out, vae, disc, parent, resume)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            disc = losses.Discriminator(s.disc_width, s.disc_layers)
+            return print_counts(s, model.build(s), disc)
+    out = Path(s.run, "vae.pt")
+    folder = Path(s.run, "data", "train")
+    data.picture_names(folder, s.crop)
+    made_from = data.parent(folder / "index.json")
+    device = data.start(s)
+    file = data.resume(s, stage, out, made_from, free={"val_pictures"})
+    vae = model.build(s).to(device)
+    disc = losses.Discriminator(s.disc_width, s.disc_layers).to(device)
+    train(s, stage, out, vae, disc, made_from, file)
+    data.finish()
     return out
 
 
