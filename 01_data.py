@@ -722,6 +722,7 @@ def read_pattern(brightness, ground):
 # ================================================================ the shelf
 # What all stages share and no reader of the method needs. Skip it on a first reading.
 
+NEAREST = InterpolationMode.NEAREST
 BAR = dict(dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20)  # fewer log lines
 
 
@@ -1047,8 +1048,7 @@ def save_sheet(path, tiles, columns, titles=(), rows=(), captions=()):
 
     A title stands over each column, a label beside each row, a caption under each picture.
     """
-    nearest = InterpolationMode.NEAREST
-    tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), nearest) for t in tiles]
+    tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), NEAREST) for t in tiles]
     tile_h, tile_w = tiles[0].shape[1:]
     left = 120 if rows else 0
     top = 22 if titles else 0

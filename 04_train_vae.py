@@ -39,7 +39,7 @@ class Training(data.TrainingRun, losses.Losses):
     ema_decay: float = 0.9999        # Table 2
     # bf16: the VAE under autocast; weights and losses in FP32, whose products a GPU rounds to TF32
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2
-    steps: int = 1_000_000           # not in the paper: of the order of MoVQGAN's 1.3 to 2.4 million
+    steps: int = 1_000_000           # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
     accumulate: int = 1              # parts in which a process's share goes through memory
     beta1: float = 0.5               # not in the paper: Adam as in MoVQGAN; low: the other moves

@@ -1,15 +1,25 @@
-"""Stage 6 of VIVAT: measure any autoencoder (Sec. 6.1, 6.2, Table 1), and give the five artifacts of Sec. 4 a number each.
+"""Stage 6 of VIVAT: measure any autoencoder (Sec. 6, Table 1), with a number for each artifact.
 
-Reads   RUN/vae.pt and RUN/vae_finetuned.pt, or --vae with any of: a file that load_vae reads (04, 05, peers), diffusers:FOLDER_OR_ID[@SUBFOLDER],
-        and two yardsticks without weights, bicubic:8 and jpeg:75. Pictures from --images DIR, else RUN/data/val.
-Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3), RUN/latents.png (interpolations).
+Reads   RUN/vae.pt and RUN/vae_finetuned.pt, or --vae with any of: a file that load_vae reads,
+        diffusers:FOLDER_OR_ID[@SUBFOLDER], and two yardsticks without weights, bicubic:8 and
+        jpeg:75. Pictures from --images DIR, else RUN/data/val.
+Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3),
+        RUN/latents.png (interpolations).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
 
-    python 06_eval.py --preset imagenet256 --images /data/imagenet/val --vae runs/mine/vae_finetuned.pt ae.safetensors jpeg:75
+    python 06_eval.py --preset imagenet256 --images /data/imagenet/val --vae vae.pt ae.safetensors
 
-One picture at a time: the result cannot depend on a batch size, and memory does not grow with their number.
+One picture at a time: no result depends on a batch size, and memory does not grow.
 """
-import importlib, io, itertools, json, os, resource, sys, time
+import functools
+import importlib
+import io
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,25 +35,27 @@ model = importlib.import_module("02_model")
 losses = importlib.import_module("03_losses")
 
 
+# ---------------------------------------------------------------- settings
+
 @dataclass(frozen=True)
-class Settings:
-    run: str = ""               # folder that all stages share [runs/PRESET]
-    vae: tuple[str, ...] = ()   # files, diffusers:FOLDER_OR_ID, bicubic:N or jpeg:Q [RUN/vae.pt RUN/vae_finetuned.pt]
-    images: str = ""            # a folder of pictures or .tar shards [RUN/data/val]
-    size: int = 256             # Table 1: side of the centre crop
-    resize: int = 0             # not in the paper: shorter side before the crop; 0 is --size, all of the shorter side
-    pictures: int = 0           # not in the paper: how many at most, in order of their names; 0 is all
-    latents: int = 16           # not in the paper: pictures for the report on latents and activations; 0 leaves it out
-    sample: bool = False        # not in the paper: decode a sample of the posterior, not its mean
-    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"   # not in the paper: trunk of the LPIPS column
-    fid: bool = False           # Sec. 5.3: rFID; needs the torchmetrics and torch-fidelity packages and their Inception weights
-    seed: int = 0               # not in the paper: of posterior samples and of the noise on latents
-    device: str = "auto"        # not in the paper: cuda, mps or cpu
-    dry_run: bool = False       # print the settings as JSON and stop
+class Settings(data.Run):
+    vae: tuple[str, ...] = ()  # files, diffusers:FOLDER_OR_ID, bicubic:N, jpeg:Q [the run's own]
+    images: str = ""           # a folder of pictures or .tar shards [RUN/data/val]
+    size: int = 256            # Table 1: side of the center crop
+    resize: int = 0            # not in the paper: shorter side before the crop; 0: as --size
+    pictures: int = 0          # how many at most, in order of their names; 0 is all
+    latents: int = 16          # pictures for the report on latents and activations; 0: no report
+    sample: bool = False       # not in the paper: a sample of the posterior, not its mean
+    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # trunk of the LPIPS column
+    fid: bool = False          # Sec. 5.3: rFID; needs torchmetrics, torch-fidelity, their weights
 
 
 PRESETS = {
-    "paper": {}, "imagenet256": {}, "imagenet512": dict(size=512), "coco512": dict(size=512), "ffhq1024": dict(size=1024),  # Table 1
+    "paper": {},
+    "imagenet256": {},                                                            # Table 1
+    "imagenet512": dict(size=512),
+    "coco512": dict(size=512),
+    "ffhq1024": dict(size=1024),
     "small": dict(size=240, resize=480),
     "demo": dict(size=64, resize=128, perceptual_net="untrained"),
 }
@@ -52,96 +64,136 @@ PRESETS = {
 # ---------------------------------------------------------------- similarity (Sec. 6.2)
 
 def ssim(x, y):
-    """Structural similarity of 8-bit pictures (b, 3, h, w) in 0..255: Gaussian window of deviation 1.5, 11 x 11, mean over valid positions and channels: (b,)."""
-    # not in the paper: the window, of the SSIM paper and of scikit-image's gaussian_weights
+    """Structural similarity of pictures (b, 3, h, w) in 0..255, mean over positions and channels:
+    (b,)."""
+    # not in the paper: a Gaussian window of deviation 1.5, 11 x 11, as in the SSIM paper
     t = torch.arange(-5, 6, dtype=torch.float64)
-    g = torch.exp(-t.square() / (2 * 1.5 ** 2))
-    g = (g / g.sum()).expand(3, 1, 1, 11)
-    mean = lambda v: F.conv2d(F.conv2d(v, g, groups=3), g.mT, groups=3)
-    x, y = x.cpu().double(), y.cpu().double()                   # in float32 the variances below would cancel
-    mx, my = mean(x), mean(y)
-    vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
+    window = torch.exp(-t.square() / (2 * 1.5 ** 2))
+    window = (window / window.sum()).expand(3, 1, 1, 11)
+
+    def mean(v):
+        return F.conv2d(F.conv2d(v, window, groups=3), window.mT, groups=3)
+
+    x = x.cpu().double()                        # in float32 the variances would cancel
+    y = y.cpu().double()
+    mean_x = mean(x)
+    mean_y = mean(y)
+    var_x = mean(x * x) - mean_x ** 2
+    var_y = mean(y * y) - mean_y ** 2
+    cov = mean(x * y) - mean_x * mean_y
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x ** 2 + mean_y ** 2 + c1)
+    structure = (2 * cov + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-# ---------------------------------------------------------------- the five artifacts, metered (Sec. 4)
-# Each meter looks at originals x and reconstructions y, (b, 3, h, w) in 0..255, and gives a few numbers for each picture, (b, n).
-# Their means over pictures give one reading. METERS below has the reading, its ideal value and the edge of its healthy range.
+# ---------------------------------------------------------------- the five artifacts, metered
+# A meter looks at originals x and reconstructions y, (b, 3, h, w) in 0..255, and gives a few
+# numbers per picture, (b, n). Their means over pictures give one reading: METERS, below.
 
 def color_shift(x, y):
-    """Medians of the differences in CIELAB's a* and b*. The reading is the length of their mean over pictures: a bias, in delta E units.
+    """Medians of the differences in CIELAB's a* and b*: blind to spots, lines and frames.
 
-    Sec. 4: "the color of all generated images is moved towards one color". A median is blind to spots, lines and frames.
+    Sec. 4: "the color of all generated images is moved towards one color". The reading is the
+    length of their mean over pictures: a bias.
     """
     return (lab_chroma(y) - lab_chroma(x)).flatten(2).median(dim=2).values
 
 
 def grid(x, y):
-    """Power of the luminance residual at the frequencies of periods 8, 4, 8/3 and 2 pixels, and around them in frequency; the reading is the
-    amplitude of what stands above, in grey levels (root mean square).
+    """Power of the residual at the frequencies of periods 8, 4, 8/3 and 2, and around them.
 
-    Sec. 4, Fig. 2c: up-sampling by 2, 4 and 8 and a discriminator's strides have these periods. Residuals without a grid are alike at neighbours.
+    Sec. 4, Fig. 2c: up-sampling by 2, 4 and 8 and a discriminator's strides have these periods.
+    Residuals without a grid are alike at neighbors. The reading is the amplitude of what stands
+    above.
     """
-    r = (gray(y) - gray(x))[..., :x.shape[2] // 8 * 8, :x.shape[3] // 8 * 8]                                  # (b, h, w)
+    r = gray(y) - gray(x)                       # (b, h, w), h and w multiples of 8
     power = (torch.fft.fft2(r).abs() / r[0].numel()).square()
-    along = lambda dim: sum(power.roll(shift, dim) for shift in (-3, -2, 2, 3)) / 4
-    around = torch.maximum(along(1), along(2))                  # edges of a frame or a picture have power along one axis only
-    on_grid = lambda p: p[:, ::r.shape[1] // 8, ::r.shape[2] // 8].flatten(1)[:, 1:].sum(1)                  # 63 bins, not the mean
+    # Edges of a frame or a picture have power along one axis only.
+    around = torch.maximum(beside(power, 1), beside(power, 2))
     return torch.stack([on_grid(power), on_grid(around)], 1)
 
 
-def blur(x, y):
-    """Inner product of the pictures' frequencies above half of Nyquist, and the original's own power there; the reading is the ratio: the share kept.
+def beside(power, dim):
+    return sum(power.roll(shift, dim) for shift in (-3, -2, 2, 3)) / 4
 
-    Sec. 4, Fig. 2d. Detail that is made up (a grid, noise) does not count as kept. The 16 px frame belongs to the corner meter.
+
+def on_grid(power):
+    h, w = power.shape[1:]
+    return power[:, ::h // 8, ::w // 8].flatten(1)[:, 1:].sum(1)      # 63 bins, not the mean
+
+
+def blur(x, y):
+    """Inner product of the frequencies above half of Nyquist, and the original's power there.
+
+    Sec. 4, Fig. 2d. The reading is the ratio, the share kept. Detail that is made up (a grid,
+    noise) does not count as kept. The 16 px frame belongs to the corner meter.
     """
-    inner = lambda v: gray(v)[:, 16:-16, 16:-16]
-    pairs = [(data.high_frequencies(a), data.high_frequencies(b)) for a, b in zip(inner(x), inner(y))]
-    return torch.stack([torch.stack([(a * b.conj()).real.sum(), a.abs().square().sum()]) for a, b in pairs])
+    rows = []
+    for a, b in zip(gray(x), gray(y)):
+        a = data.high_frequencies(a[16:-16, 16:-16])
+        b = data.high_frequencies(b[16:-16, 16:-16])
+        rows.append(torch.stack([(a * b.conj()).real.sum(), a.abs().square().sum()]))
+    return torch.stack(rows)
 
 
 def corner(x, y):
-    """Squared error in the 16 px frame, in the interior, and of the frame in its edges and in its corners; the reading is frame over interior.
+    """Squared error in the 16 px frame, in the interior, in the frame's edges, in its corners.
 
-    Sec. 4, Fig. 2e: "a frame of blur around the edges", from zero padding.
+    Sec. 4, Fig. 2e: "a frame of blur around the edges", from zero padding. The reading is frame
+    over interior.
     """
-    e = (y - x).square().mean(dim=1)                                                                       # (b, h, w)
-    side = lambda n: (torch.arange(n) < 16) | (torch.arange(n) >= n - 16)
-    row, column = side(e.shape[1])[:, None].to(e.device), side(e.shape[2])[None].to(e.device)
-    return torch.stack([e[:, m].mean(dim=1) for m in (row | column, ~(row | column), row ^ column, row & column)], 1)
+    error = (y - x).square().mean(dim=1)                               # (b, h, w)
+    row = losses.distance_to_ends(error.shape[1])[:, None] < 16
+    column = losses.distance_to_ends(error.shape[2]) < 16
+    parts = (row | column, ~(row | column), row ^ column, row & column)
+    return torch.stack([error[:, part.to(error.device)].mean(dim=1) for part in parts], 1)
 
 
 def droplet(x, y):
-    """How far the brightest spot of y stands above all of x within 9 pixels, after a shift that all of the picture shares; in grey levels.
+    """How far the brightest spot of y stands above all of x within 9 pixels, in gray levels.
 
-    Sec. 4, Fig. 2f: "bright spots in the pixel space". Blur cannot exceed the neighbourhood it averages, nor can darker lines or frames.
+    Sec. 4, Fig. 2f: "bright spots in the pixel space". A shift that all of the picture shares is
+    taken out; blur cannot exceed the neighborhood it averages, nor can darker lines or frames.
     """
-    lx, ly = gray(x), gray(y)
-    shift = (ly - lx).flatten(1).median(dim=1).values[:, None, None]
-    return (ly - shift - F.max_pool2d(lx, 19, stride=1, padding=9)).flatten(1).amax(dim=1, keepdim=True).clamp(min=0)
+    before = gray(x)
+    after = gray(y)
+    shift = (after - before).flatten(1).median(dim=1).values[:, None, None]
+    above = after - shift - F.max_pool2d(before, 19, stride=1, padding=9)
+    return above.flatten(1).amax(dim=1, keepdim=True).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Meter:
+    numbers: Callable   # (x, y) to (b, n)
+    read: Callable      # means of the numbers, (n,), to the reading
+    ideal: float
+    edge: float         # of the healthy range
+    unit: str
 
 
 # not in the paper: numbers for artifacts; the edges are our judgement
-# name: (meter, reading from its means, ideal, edge of the healthy range, unit)
 METERS = {
-    "color shift": (color_shift, lambda m: m.norm(), 0.0, 1.0, "delta E"),
-    "grid": (grid, lambda m: (m[0] - m[1]).clamp(min=0).sqrt(), 0.0, 1.0, "grey levels"),
-    "blur": (blur, lambda m: m[0] / m[1].clamp(min=1e-6), 1.0, 0.9, "share kept"),
-    "corner": (corner, lambda m: (m[0] + 1) / (m[1] + 1), 1.0, 2.0, "ratio"),      # 1: an error of one grey level is no artifact
-    "droplet": (droplet, lambda m: m[0], 0.0, 8.0, "grey levels"),
+    "color shift": Meter(color_shift, torch.Tensor.norm, 0.0, 1.0, "delta E"),
+    "grid": Meter(grid, lambda m: (m[0] - m[1]).clamp(min=0).sqrt(), 0.0, 1.0, "gray levels"),
+    "blur": Meter(blur, lambda m: m[0] / m[1].clamp(min=1e-6), 1.0, 0.9, "share kept"),
+    # 1 is added since an error of one gray level is no artifact
+    "corner": Meter(corner, lambda m: (m[0] + 1) / (m[1] + 1), 1.0, 2.0, "ratio"),
+    "droplet": Meter(droplet, torch.Tensor.sum, 0.0, 8.0, "gray levels"),
 }
 
 
 def reaction(name, reading):
-    """How far a reading is from its ideal, in units of its healthy range: above 1 it is an artifact."""
-    _, _, ideal, edge, _ = METERS[name]
-    return abs(reading - ideal) / abs(edge - ideal)
+    """Distance from the ideal in units of the healthy range: above 1 it is an artifact."""
+    meter = METERS[name]
+    return abs(reading - meter.ideal) / abs(meter.edge - meter.ideal)
 
 
 def read_meters(x, y):
     """{name: reading} of a batch of pictures in 0..255."""
-    return {name: read(meter(x, y).mean(dim=0)).item() for name, (meter, read, *_) in METERS.items()}
+    return {name: meter.read(meter.numbers(x, y).mean(dim=0)).item()
+            for name, meter in METERS.items()}
 
 
 def gray(x):
@@ -152,9 +204,13 @@ def lab_chroma(x):
     """a* and b* of CIELAB (D65) of sRGB pictures (b, 3, h, w) in 0..255: (b, 2, h, w)."""
     x = x / 255
     linear = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055).clamp(min=0) ** 2.4)
-    to_xyz = x.new_tensor([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
-    t = torch.einsum("ij,bjhw->bihw", to_xyz / to_xyz.sum(1, keepdim=True), linear)                        # relative to white
-    f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-6) ** (1 / 3), t * (29 / 6) ** 2 / 3 + 4 / 29)
+    to_xyz = x.new_tensor([[0.4124564, 0.3575761, 0.1804375],
+                           [0.2126729, 0.7151522, 0.0721750],
+                           [0.0193339, 0.1191920, 0.9503041]])
+    to_xyz = to_xyz / to_xyz.sum(1, keepdim=True)                      # relative to white
+    t = torch.einsum("ij,bjhw->bihw", to_xyz, linear)
+    dark = t * (29 / 6) ** 2 / 3 + 4 / 29
+    f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-6) ** (1 / 3), dark)
     return torch.stack([500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
@@ -162,11 +218,19 @@ def lab_chroma(x):
 
 @torch.no_grad()
 def activation_norms(vae, z):
-    """Norms over channels after each block of the decoder, as {layer: (h, w)} for one latent z (1, k, h/f, w/f): Fig. 3."""
-    norms, hooks = {}, []
+    """Fig. 3: norms over channels after each block of the decoder, {layer: (h, w)}, for one latent
+    z (1, k, h/f, w/f)."""
+    norms = {}
+
+    def remember(name, module, inputs, out):
+        norms[name] = out[0].float().norm(dim=0)
+
+    hooks = []
     for name, module in vae.decoder.named_modules():
-        if isinstance(module, (model.ResBlock, model.AttnBlock, model.Upsample)) or name in ("conv_in", "conv_out"):
-            hooks.append(module.register_forward_hook(lambda m, i, out, name=name: norms.update({name: out[0].float().norm(dim=0)})))
+        block = isinstance(module, (model.ResBlock, model.AttnBlock, model.Upsample))
+        if block or name in ("conv_in", "conv_out"):
+            hook = functools.partial(remember, name)
+            hooks.append(module.register_forward_hook(hook))
     vae.decode(z)
     for hook in hooks:
         hook.remove()
@@ -175,215 +239,337 @@ def activation_norms(vae, z):
 
 @torch.no_grad()
 def latent_report(vae, pictures, seed):
-    """What the latents of some pictures (1, 3, h, w) are like, and how well decoding bears noise on them."""
+    """What the latents of some pictures (1, 3, h, w) are like, and how decoding bears noise."""
     q = [vae.encode(x) for x in pictures]
-    mean, logvar = (torch.cat([getattr(p, k).movedim(1, -1).flatten(0, -2) for p in q]).cpu().double() for k in ("mean", "logvar"))   # (n, k)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=0)                                     # Eq. 3, nats a channel
-    variance = mean.var(dim=0) + logvar.exp().mean(dim=0)
-    generator, robustness = torch.Generator().manual_seed(seed), {}
+    mu = torch.cat([p.mu.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()     # (., k)
+    logvar = torch.cat([p.logvar.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)   # Eq. 3, nats per channel
+    sigma2 = logvar.exp().mean(dim=0)
+    variance = mu.var(dim=0) + sigma2
+    std = variance.sqrt().float()[:, None, None]
+    generator = torch.Generator().manual_seed(seed)
+    robustness = {}
     for strength in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5):
         psnr = []
         for x, p in zip(pictures, q):
-            noise = torch.randn(p.mean.shape, generator=generator) * variance.sqrt().float()[:, None, None]
-            psnr.append(losses.psnr(x, vae.decode(p.mean + strength * noise.to(x.device))))
+            noise = torch.randn(p.mu.shape, generator=generator) * std
+            psnr.append(losses.psnr(x, vae.decode(p.mu + strength * noise.to(x.device))))
         robustness[str(strength)] = torch.cat(psnr).mean().item()
-    return {"mean": mean.mean(dim=0).tolist(), "std": variance.sqrt().tolist(), "kl": kl.tolist(), "active": int((kl > 0.01).sum()), "channels": len(kl),
-            "posterior_share": (logvar.exp().mean(dim=0) / variance).mean().item(), "psnr_under_noise": robustness}
+    return {"mean": mu.mean(dim=0).tolist(), "std": variance.sqrt().tolist(), "kl": kl.tolist(),
+            "active": int((kl > 0.01).sum()), "channels": len(kl),
+            "posterior_share": (sigma2 / variance).mean().item(), "psnr_under_noise": robustness}
 
 
 # ---------------------------------------------------------------- what can be measured
+# reconstruct takes a picture (1, 3, h, w) in [-1, 1] and gives one; one function per kind.
+
+def bicubic(factor, x):
+    small = F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True)
+    return F.interpolate(small, size=x.shape[2:], mode="bicubic")
+
+
+def jpeg(quality, x):
+    file = io.BytesIO()
+    to_pil_image(losses.to_uint8(x[0]).cpu()).save(file, "JPEG", quality=quality)
+    return losses.from_uint8(pil_to_tensor(Image.open(file)).to(x)[None])
+
+
+def ours(vae, s, x):
+    q = vae.encode(x)
+    return vae.decode(q.sample(seeded_noise(q.mu, s)) if s.sample else q.mu)
+
+
+def theirs(net, s, x):
+    q = net.encode(x)
+    q = getattr(q, "latent_dist", q)
+    names = [name for name in ("mean", "latents", "latent") if hasattr(q, name)]
+    z = getattr(q, names[0])
+    if s.sample and hasattr(q, "std"):
+        z = z + q.std * seeded_noise(z, s)
+    return net.decode(z).sample
+
+
+def seeded_noise(z, s):
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(s.seed)).to(z)
+
 
 def open_model(spec, s, device):
-    """(name, reconstruct, VAE or None): reconstruct takes a picture (1, 3, h, w) in [-1, 1] and gives one."""
+    """(name, reconstruct, VAE or None) for one word of --vae."""
     kind, _, rest = spec.partition(":")
-    if kind in ("bicubic", "jpeg") and not (rest.isdigit() and int(rest) > 0):
-        data.stop(f"--vae {spec}: a positive number must follow {kind}:")
-    if kind == "bicubic":
-        def reconstruct(x):
-            small = F.interpolate(x, scale_factor=1 / int(rest), mode="bicubic", antialias=True)
-            return F.interpolate(small, size=x.shape[2:], mode="bicubic")
-        return spec, reconstruct, None
-    if kind == "jpeg":
-        def reconstruct(x):
-            to_pil_image(losses.to_uint8(x[0]).cpu()).save(file := io.BytesIO(), "JPEG", quality=int(rest))
-            return losses.from_uint8(pil_to_tensor(Image.open(file)).to(x)[None])
-        return spec, reconstruct, None
-    noise = lambda q: torch.randn(q.mean.shape, generator=torch.Generator().manual_seed(s.seed)).to(device)
+    if kind in ("bicubic", "jpeg"):
+        if not (rest.isdigit() and int(rest) > 0):
+            data.stop(f"--vae {spec}: a positive number must follow {kind}:")
+        return spec, functools.partial({"bicubic": bicubic, "jpeg": jpeg}[kind], int(rest)), None
     if kind == "diffusers":
-        try:
-            from diffusers import AutoModel
-        except ImportError:
-            data.stop(f"--vae {spec} needs the diffusers package: pip install diffusers")
-        try:
-            name, _, subfolder = rest.partition("@")
-            net = AutoModel.from_pretrained(name, subfolder=subfolder or None).to(device).eval()
-        except Exception as error:
-            data.stop(f"--vae {spec} cannot be loaded: {str(error).splitlines()[0]}")
-        def reconstruct(x):
-            q = net.encode(x)
-            q = getattr(q, "latent_dist", q)
-            z = next(getattr(q, k) for k in ("mean", "latents", "latent") if hasattr(q, k))
-            return net.decode(z + q.std * noise(q) if s.sample and hasattr(q, "std") else z).sample
-        return name.rstrip("/").rsplit("/", 1)[-1], reconstruct, None
+        return open_diffusers(spec, rest, s, device)
     vae = model.load_vae(spec, device)
     if not vae.takes(s.size):
-        data.stop(f"--size {s.size} must be a multiple of {vae.factor}, from {4 * vae.factor} up, for {spec}")
-    def reconstruct(x):
-        q = vae.encode(x)
-        return vae.decode(q.sample(noise(q)) if s.sample else q.mean)
-    alike = [os.path.abspath(Path(v).parent) for v in s.vae if Path(v).stem == Path(spec).stem]
-    return os.path.relpath(spec, os.path.commonpath(alike)) if len(alike) > 1 else Path(spec).stem, reconstruct, vae
+        data.stop(f"--size {s.size} must be a multiple of {vae.factor}, from {4 * vae.factor} up, "
+                  f"for {spec}")
+    name = Path(spec).stem
+    alike = [os.path.abspath(Path(v).parent) for v in s.vae if Path(v).stem == name]
+    if len(alike) > 1:                          # files of one name are told apart by folder
+        name = os.path.relpath(spec, os.path.commonpath(alike))
+    return name, functools.partial(ours, vae, s), vae
+
+
+def open_diffusers(spec, place, s, device):
+    try:
+        from diffusers import AutoModel
+    except ImportError:
+        data.stop(f"--vae {spec} needs the diffusers package: pip install diffusers")
+    try:
+        name, _, subfolder = place.partition("@")
+        net = AutoModel.from_pretrained(name, subfolder=subfolder or None).to(device).eval()
+    except Exception as error:
+        data.stop(f"--vae {spec} cannot be loaded: {str(error).splitlines()[0]}")
+    return name.rstrip("/").rsplit("/", 1)[-1], functools.partial(theirs, net, s), None
 
 
 def read_pictures(s, skipped):
-    """Yield (name, uint8 (3, size, size)) of the pictures to measure on: shorter side resized, centre crop. What is broken goes into `skipped` with its reason."""
-    own = Path(s.run, "data", "val")
-    source = data.Settings(images=s.images or str(own), min_side=1)
-    units = sorted(data.list_units(source)) if s.images else [str(own / os.fsdecode(n)) for n in data.picture_names(own, 1)]
-    for name, parts in itertools.islice(data.pictures(units, source), s.pictures or None):
+    """Yield (name, uint8 (3, size, size)): shorter side resized, center crop. What is broken goes
+    into `skipped` with its reason."""
+    folder = Path(s.run, "data", "val")
+    if s.images:
+        units = sorted(data.find_units(s.images))
+    else:
+        units = [str(folder / os.fsdecode(name)) for name in data.picture_names(folder, 1)]
+    found = data.pictures(units, s.images or folder)
+    for name, parts in itertools.islice(found, s.pictures or None):
         try:
-            x, _ = data.to_rgb(parts, source)
+            x, _ = data.to_rgb(parts["picture"], 1, data.Settings.max_pixels)
         except Exception as error:
             skipped[name] = error
             continue
-        yield name, data.centre_crop(data.resize_shorter(x, s.resize or s.size), s.size)
+        yield name, data.center_crop(data.resize_shorter(x, s.resize or s.size), s.size)
 
+
+# ---------------------------------------------------------------- one model, measured
 
 @torch.no_grad()
-def evaluate(spec, s, device, perceptual, skipped):
-    """The row of one model, the reconstructions of the first three pictures, and the VAE itself or None."""
+def evaluate(spec, s, device, perceptual, pictures, skipped):
+    """Measure one model, which does not stay in memory.
+
+    Returns {"row": numbers, "shown": first three (name, original, reconstruction), and for ours
+    "norms": Fig. 3, "between": an interpolation}. pictures: those for the report on latents.
+    """
+    reset_peak(device)
     name, reconstruct, vae = open_model(spec, s, device)
-    if s.fid:
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-            fid = FrechetInceptionDistance(feature=2048).to(device)
-        except Exception as error:
-            data.stop(f"--fid needs pip install torchmetrics torch-fidelity, and their Inception weights ({type(error).__name__})")
-    sums, partials, shown, n, began = {"psnr": 0.0, "ssim": 0.0, "lpips": 0.0}, {}, [], 0, time.time()
+    fid = open_fid(device) if s.fid else None
+    sums = dict(psnr=0.0, ssim=0.0, lpips=0.0)
+    numbers = dict.fromkeys(METERS, 0.0)
+    shown = []
+    count = 0
+    began = time.time()
     for picture, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
         x8 = x8[None].to(device)
-        x = losses.from_uint8(x8)                                                                          # (1, 3, size, size)
+        x = losses.from_uint8(x8)               # (1, 3, size, size)
         y8 = losses.to_uint8(reconstruct(x))
         y = losses.from_uint8(y8)
-        for key, value in (("psnr", losses.psnr(x, y)), ("ssim", ssim(x8, y8)), ("lpips", perceptual(x, y))):
-            sums[key] += value.mean().item()
-        for key, (meter, *_) in METERS.items():
-            partials[key] = partials.get(key, 0) + meter(x8.float(), y8.float())[0].cpu()
-        if s.fid:
+        sums["psnr"] += losses.psnr(x, y).item()
+        sums["ssim"] += ssim(x8, y8).item()
+        sums["lpips"] += perceptual(x, y).item()
+        for key, meter in METERS.items():
+            numbers[key] = numbers[key] + meter.numbers(x8.float(), y8.float())[0].cpu()
+        if fid:
             fid.update(x8, real=True)
             fid.update(y8, real=False)
-        if n < 3:
+        if count < 3:
             shown.append((picture, x8[0].cpu(), y8[0].cpu()))
-        n += 1
-    row = {"name": name, "pictures": n} | {key: value / n for key, value in sums.items()}
-    row |= {key: read(partials[key] / n).item() for key, (_, read, *_) in METERS.items()}
-    row |= {"corner_edges": ((partials["corner"][2] + n) / (partials["corner"][1] + n)).item(), "corner_corners": ((partials["corner"][3] + n) / (partials["corner"][1] + n)).item()}
-    if s.fid:
+        count += 1
+    row = {"name": name, "pictures": count} | {key: v / count for key, v in sums.items()}
+    row |= {key: meter.read(numbers[key] / count).item() for key, meter in METERS.items()}
+    _, interior, edges, corners = (numbers["corner"] / count).tolist()
+    row["corner_edges"] = (edges + 1) / (interior + 1)
+    row["corner_corners"] = (corners + 1) / (interior + 1)
+    if fid:
         row["rfid"] = fid.compute().item()
-    row["seconds_a_picture"] = (time.time() - began) / n
-    row["peak_memory_gib"] = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
-    return row, shown, vae
+    row["seconds_per_picture"] = (time.time() - began) / count
+    row["peak_memory_gib"] = peak_gib(device)
+    result = {"row": row, "shown": shown}
+    if vae is not None and s.latents:
+        norms = activation_norms(vae, vae.encode(pictures[0]).mu)
+        peaks = {layer: v.max() / v.median().clamp(min=1e-6) for layer, v in norms.items()}
+        row["activation_max_over_median"] = {layer: v.item() for layer, v in peaks.items()}
+        row["latents"] = latent_report(vae, pictures, s.seed)
+        result["norms"] = norms
+        result["between"] = interpolate(vae, pictures)
+    return result
+
+
+def interpolate(vae, pictures):
+    """From one picture to another in seven steps of the latent."""
+    first = vae.encode(pictures[0]).mu
+    second = vae.encode(pictures[-1 if len(pictures) < 2 else 1]).mu
+    steps = [torch.lerp(first, second, t / 6) for t in range(7)]
+    return [losses.to_uint8(vae.decode(z))[0] for z in steps]
+
+
+def open_fid(device):
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        return FrechetInceptionDistance(feature=2048).to(device)
+    except Exception as error:
+        data.stop("--fid needs pip install torchmetrics torch-fidelity, and their Inception "
+                  f"weights ({type(error).__name__})")
+
+
+def reset_peak(device):
+    """The peak of memory begins anew (on a CPU where Linux counts it)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if sys.platform != "linux":
+        return None
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2 ** 20
 
 
 # ---------------------------------------------------------------- tables and pictures
 
 def table(rows, protocol):
     """Aligned Markdown: a row for each model, the protocol below."""
-    columns = ["psnr", "ssim", "lpips", *METERS, *(["rfid"] if "rfid" in rows[0] else [])]
-    heads = ["model", "PSNR, dB", "SSIM", protocol["lpips"], *(f"{k}, {METERS[k][4]}" for k in METERS), *(["rFID"] if "rfid" in rows[0] else [])]
-    digits = {"psnr": 2, "ssim": 4, "lpips": 4, "blur": 3}
-    cells = [heads] + [[r["name"]] + [f"{r[c]:.{digits.get(c, 2)}f}" for c in columns] for r in rows]
-    cells.insert(1, ["healthy", "", "", "", *(f"{'>' if METERS[k][3] < METERS[k][2] else '<'} {METERS[k][3]:g}" for k in METERS), *([""] if "rfid" in rows[0] else [])])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines) + "\n\n" + "\n".join(f"{k}: {v}" for k, v in protocol.items()) + "\n"
+    columns = {"psnr": ("PSNR, dB", "", 2), "ssim": ("SSIM", "", 4),
+               "lpips": (protocol["lpips"], "", 4)}
+    for name, meter in METERS.items():
+        sign = ">" if meter.edge < meter.ideal else "<"
+        digits = 3 if name == "blur" else 2
+        columns[name] = (f"{name}, {meter.unit}", f"{sign} {meter.edge:g}", digits)
+    if "rfid" in rows[0]:
+        columns["rfid"] = ("rFID", "", 2)
+    cells = [["model", *(head for head, _, _ in columns.values())],
+             ["healthy", *(healthy for _, healthy, _ in columns.values())]]
+    for row in rows:
+        numbers = [f"{row[key]:.{digits}f}" for key, (_, _, digits) in columns.items()]
+        cells.append([row["name"], *numbers])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("| " + " | ".join(padded) + " |")
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines += ["", *(f"{key}: {value}" for key, value in protocol.items()), ""]
+    return "\n".join(lines)
+
+
+def latent_lines(row):
+    q = row["latents"]
+    noise = ", ".join(f"{k}: {v:.2f}" for k, v in q["psnr_under_noise"].items())
+    peaks = row["activation_max_over_median"]
+    worst = max(peaks, key=peaks.get)
+    return (f"\n{row['name']}: {q['active']} of {q['channels']} latent channels active, "
+            f"KL {sum(q['kl']) / q['channels']:.2f} nats per value, posterior's share of variance "
+            f"{q['posterior_share']:.4f}\n"
+            f"  PSNR with noise on the latent, in its deviations: {noise}\n"
+            f"  largest activation norm over the median: {peaks[worst]:.1f} after "
+            f"decoder.{worst}\n")
 
 
 def draw_comparison(path, results):
-    """Fig. 5: three pictures, whole, a zoomed piece with most detail, and five times the error, original first, then each model."""
-    tiles, labels = [], []
-    for i in range(len(results[0][1])):
-        x = results[0][1][i][1]
+    """Fig. 5: three pictures, each whole, the piece with most detail zoomed, and five times the
+    error; the original first, then each model."""
+    tiles = []
+    labels = []
+    for i, (_, x, _) in enumerate(results[0]["shown"]):
         side = max(16, x.shape[1] // 4)
+        half = side // 2
         fine = gray(x[None].float())
-        fine = (fine - F.avg_pool2d(fine, 9, 1, 4, count_include_pad=False)).square()                       # (1, size, size)
-        detail = F.avg_pool2d(fine, side, side // 2)[0]
-        top, left = (int(v) * (side // 2) for v in divmod(int(detail.argmax()), detail.shape[1]))
-        zoom = lambda v: F.interpolate(v[None, :, top:top + side, left:left + side].float(), size=x.shape[1:], mode="nearest")[0].byte()
-        pictures = [x] + [shown[i][2] for _, shown, _ in results]
-        error = lambda v: ((v.float() - x.float()) * 5 + 128).clamp(0, 255).byte()
-        tiles += [*pictures, *(zoom(v) for v in pictures), *(error(v) for v in pictures)]
+        fine = (fine - F.avg_pool2d(fine, 9, 1, 4, count_include_pad=False)).square()
+        detail = F.avg_pool2d(fine, side, half)[0]
+        best = int(detail.argmax())
+        top = best // detail.shape[1] * half
+        left = best % detail.shape[1] * half
+        shown = [x] + [result["shown"][i][2] for result in results]
+        pieces = [picture[:, top:top + side, left:left + side] for picture in shown]
+        tiles += shown
+        tiles += [data.resize_shorter(piece, x.shape[1], data.NEAREST) for piece in pieces]
+        tiles += [((v.float() - x.float()) * 5 + 128).clamp(0, 255).byte() for v in shown]
         labels += ["picture", "zoom", "error x 5"]
-    data.save_sheet(path, tiles, 1 + len(results), titles=["original"] + [f"{r['name'][:18]} {r['psnr']:.1f} dB" for r, _, _ in results], rows=labels)
+    rows = [result["row"] for result in results]
+    titles = ["original"] + [f"{row['name'][:18]} {row['psnr']:.1f} dB" for row in rows]
+    data.save_sheet(path, tiles, 1 + len(results), titles, labels)
 
 
-def draw_activations(path, vaes, pictures):
-    """Fig. 3: norms over channels after each block of the decoder, dark to bright, scaled by their median; returns {model: {layer: largest over median}}."""
-    tiles, rows, result, names = [], [], {}, []
-    for name, vae in vaes.items():
-        norms = activation_norms(vae, vae.encode(pictures[0]).mean)
-        result[name] = {layer: (v.max() / v.median().clamp(min=1e-6)).item() for layer, v in norms.items()}
-        names = [f"{layer.replace('.block', '')} {result[name][layer]:.1f}" for layer in norms]
+def draw_activations(path, results):
+    """Fig. 3: norms after each block of the decoder, dark to bright, scaled by their median."""
+    tiles = []
+    for result in results:
+        norms = result["norms"]
         size = max(v.shape[0] for v in norms.values())
-        tiles += [F.interpolate((v / v.median().clamp(min=1e-6) * 64).clamp(0, 255)[None, None], size=size)[0].byte().expand(3, -1, -1) for v in norms.values()]
-        rows.append(name[:14])
-    if len({len(v) for v in result.values()}) == 1:             # only models of one depth fit side by side
-        data.save_sheet(path, tiles, len(names), titles=names if len(result) == 1 else list(norms), rows=rows)
-        print(f"wrote {path.name}")
-    else:
+        for v in norms.values():
+            scaled = (v / v.median().clamp(min=1e-6) * 64).clamp(0, 255)
+            tiles.append(F.interpolate(scaled[None, None], size=size)[0].byte().expand(3, -1, -1))
+    if len({len(result["norms"]) for result in results}) > 1:
         print(f"{path.name} is not drawn: these decoders have different numbers of layers")
-    return result
+        return
+    titles = list(norms)
+    if len(results) == 1:
+        peaks = results[0]["row"]["activation_max_over_median"]
+        titles = [f"{layer.replace('.block', '')} {peak:.1f}" for layer, peak in peaks.items()]
+    data.save_sheet(path, tiles, len(norms), titles, [r["row"]["name"][:14] for r in results])
+    print(f"wrote {path.name}")
 
 
-@torch.no_grad()
+# ---------------------------------------------------------------- main
+
 def main(s):
     if s.dry_run:
         return data.print_settings(s)
-    if s.size < 64 or 0 < s.resize < s.size:
-        data.stop(f"--size {s.size} must be at least 64, for an interior beside a frame of 16 pixels, and at most --resize {s.resize or s.size} (0: as --size)")
-    device, run = model.pick_device(s.device), Path(s.run)
-    specs = s.vae or tuple(str(run / n) for n in ("vae.pt", "vae_finetuned.pt") if (run / n).is_file()) or (str(run / "vae.pt"),)
+    if s.size < 64:
+        data.stop(f"--size {s.size} must be at least 64: an interior beside a frame of 16 pixels")
+    if 0 < s.resize < s.size:
+        data.stop(f"--size {s.size} must be at most --resize {s.resize}, which may come from the "
+                  f"preset: add --resize {s.size}, or 0 for as much as --size")
+    device = data.pick_device(s.device)
+    run = Path(s.run)
+    own = [run / name for name in ("vae.pt", "vae_finetuned.pt")]
+    specs = s.vae or [str(path) for path in own if path.is_file()] or [str(own[0])]
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
     torch.backends.cudnn.allow_tf32 = False
     skipped = {}
-    pictures = [losses.from_uint8(x[None].to(device)) for _, x in itertools.islice(read_pictures(s, skipped), max(1, s.latents))]
+    some = itertools.islice(read_pictures(s, skipped), max(1, s.latents))
+    pictures = [losses.from_uint8(x[None].to(device)) for _, x in some]
     if not pictures:
         data.stop(f"no picture in {s.images or run / 'data' / 'val'} could be read")
-    results = [evaluate(spec, s, device, perceptual, skipped) for spec in specs]
+    results = [evaluate(spec, s, device, perceptual, pictures, skipped) for spec in specs]
     for name, error in skipped.items():
         print(f"passed over {name}: {error}", file=sys.stderr)
-    rows = [row for row, _, _ in results]
-    vaes = {row["name"]: vae for row, _, vae in results if vae is not None and s.latents}
+    rows = [result["row"] for result in results]
     protocol = {
-        "pictures": f"{rows[0]['pictures']} from {s.images or run / 'data' / 'val'}, {len(skipped)} passed over",
-        "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, centre crop of {s.size}, 8 bits to [-1, 1]",
-        "reconstruction": f"EMA weights where the file has them, posterior {'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one picture at a time",
-        "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of deviation 1.5, 11 x 11, over channels",
-        "lpips": "untrained features (not LPIPS)" if s.perceptual_net == "untrained" else f"LPIPS ({s.perceptual_net})",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type}
-    for name, activations in draw_activations(run / "activations.png", vaes, pictures).items() if vaes else ():
-        row = next(r for r in rows if r["name"] == name)
-        row["activation_max_over_median"] = activations
-        row["latents"] = latent_report(vaes[name], pictures, s.seed)
+        "pictures": f"{rows[0]['pictures']} from {s.images or run / 'data' / 'val'}, "
+                    f"{len(skipped)} passed over",
+        "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, center crop "
+                       f"of {s.size}, 8 bits to [-1, 1]",
+        "reconstruction": "EMA weights where the file has them, posterior "
+                          f"{'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one "
+                          "picture at a time",
+        "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of "
+                   "deviation 1.5, 11 x 11, over channels",
+        "lpips": f"LPIPS ({s.perceptual_net})",
+        "device": device.type}
+    if s.perceptual_net == "untrained":
+        protocol["lpips"] = "untrained features (not LPIPS)"
+    if device.type == "cuda":
+        protocol["device"] = torch.cuda.get_device_name()
     text = table(rows, protocol)
-    for row in rows:
-        if "latents" in row:
-            q, worst = row["latents"], max(row["activation_max_over_median"].items(), key=lambda kv: kv[1])
-            text += (f"\n{row['name']}: {q['active']} of {q['channels']} latent channels active, KL {sum(q['kl']) / q['channels']:.2f} nats a value, "
-                     f"posterior's share of variance {q['posterior_share']:.4f}\n  PSNR with noise on the latent, in its deviations: "
-                     + ", ".join(f"{k}: {v:.2f}" for k, v in q["psnr_under_noise"].items())
-                     + f"\n  largest activation norm over the median: {worst[1]:.1f} after decoder.{worst[0]}\n")
+    text += "".join(latent_lines(row) for row in rows if "latents" in row)
     print(text)
-    data.write_aside(run / "eval.md", lambda f: f.write(text.encode()))
-    data.write_aside(run / "eval.json", lambda f: f.write(json.dumps({"protocol": protocol, "rows": rows}, indent=1).encode()))
+    data.write_text(run / "eval.md", text)
+    report = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
+    data.write_text(run / "eval.json", report)
     draw_comparison(run / "eval.png", results)
-    if vaes and len(pictures) > 1:                              # from one picture to another in seven steps, a row for each VAE
-        tiles = []
-        for vae in vaes.values():
-            a, b = (vae.encode(x).mean for x in pictures[:2])
-            tiles += [losses.to_uint8(vae.decode(torch.lerp(a, b, t / 6)))[0] for t in range(7)]
-        data.save_sheet(run / "latents.png", tiles, 7, rows=[name[:14] for name in vaes])
+    with_latents = [result for result in results if "norms" in result]
+    if with_latents:
+        draw_activations(run / "activations.png", with_latents)
+        tiles = [picture for result in with_latents for picture in result["between"]]
+        names = [result["row"]["name"][:14] for result in with_latents]
+        data.save_sheet(run / "latents.png", tiles, 7, rows=names)
         print("wrote latents.png")
     print(f"wrote eval.md, eval.json and eval.png in {run}")
     return rows
