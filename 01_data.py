@@ -428,8 +428,7 @@ def main(settings):
 
     there = {}
     for split in ("train", "val"):
-        if counts[split] or not (root / split / "index.json").is_file():
-            write_index(root / split)
+        write_index(root / split)
         there[split] = json.loads((root / split / "index.json").read_text())["pictures"]
     seconds = round(time.time() - began, 2)
     log(settings.run, stage="01_data", **counts, seconds=seconds, pictures=there)
@@ -949,9 +948,10 @@ def gather(values, alone=False):
     return dict(zip(values, numbers.tolist()))
 
 
-def check_finite(values, step, out):
+def check_finite(values, step, out, bar):
     wrong = ", ".join(name for name, value in values.items() if not math.isfinite(value))
     if wrong:
+        bar.close()
         stop(f"step {step}: {wrong} not finite; {out} still holds the last good step: lower --lr, "
              "or use --precision fp32")
 

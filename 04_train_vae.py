@@ -175,7 +175,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
         stopping = rank == 0 and bool(data.SIGNALS)
         if logging or saving or stopping:
             values = data.gather(values, alone=not (logging or saving))
-            data.check_finite(values, step, out)
+            data.check_finite(values, step, out, bar)
         if logging and rank == 0:
             entry = log_entry(values, stage, step, s)
             entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)

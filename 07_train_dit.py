@@ -679,7 +679,8 @@ def train(s, out, vae, vae_parent, folder, device, file):
             dist.all_reduce(window)
             window *= rank == 0                                   # the others begin again
         if logging or saving or stopping:
-            data.check_finite({"loss": window.sum().item(), "gradient": norm.item()}, step, out)
+            values = {"loss": window.sum().item(), "gradient": norm.item()}
+            data.check_finite(values, step, out, bar)
         rate = (step - since) * s.batch / (time.time() - clock)
         if looking:
             pictures = judge.draw(ema, vae, autocast)

@@ -1,143 +1,245 @@
-"""Speed and memory of our code beside its peers', alternating in one process. Run by hand, not by pytest:
+"""Speed and memory of our code beside its peers', in turn in one process. Run by hand, not by
+pytest:
 
-    pip install diffusers && python tests/benchmark.py            # CPU; --device cuda on a GPU; --only WORDS for some of it
+    pip install diffusers && python tests/benchmark.py
+    python tests/benchmark.py --device cuda --only "04, a whole step"
 
-Peers: diffusers' AutoencoderKL encoder with VQModel's spatial-norm decoder, and its Kandinsky5Transformer3DModel. Each pair runs step by step in turn;
-the ratio is the peer's time over ours (above 1: ours is faster), median of the pairs, with the quartiles. Peak memory is that of a process of its own.
-On a GPU each item is measured in fp32, bf16 and bf16 compiled, the peer always in the same; --bf16 and --compiled choose one.
-Prints tables and writes benchmark.json, where --out says.
+Peers: diffusers' AutoencoderKL encoder with VQModel's spatial-norm decoder, its
+Kandinsky5Transformer3DModel, and our own plain forms (02, set_fast). Each pair runs step by step
+in turn; the ratio is the other's time over ours (above 1: ours is faster), median of the pairs,
+with the quartiles. Peak memory is that of a process of its own. On a GPU each item is measured in
+fp32, bf16 and bf16 compiled, both sides in the same; --bf16 and --compiled choose one. Of what is
+compiled, ours are the plain forms, as 04 --compile takes them, unless a row says otherwise.
+
+--only has items whose name has these words in it, or the one item of exactly this name; a name
+that fits nothing prints all names. Prints tables, and after each row writes what there is so far
+to benchmark.json, or where --out says.
 """
 import argparse
 import contextlib
-import functools
 import importlib
 import io
+import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-data, model, losses, training, dit = (importlib.import_module(n) for n in ("01_data", "02_model", "03_losses", "04_train_vae", "07_train_dit"))
+data = importlib.import_module("01_data")
+model = importlib.import_module("02_model")
+losses = importlib.import_module("03_losses")
+training = importlib.import_module("04_train_vae")
+evaluation = importlib.import_module("06_eval")
+dit = importlib.import_module("07_train_dit")
+
 CUDA = dict(width=128, size=240, batch=16, repeats=20)
 CPU = dict(width=32, size=240, batch=2, repeats=9)
+CHANNELS_LAST = torch.channels_last
 warnings.filterwarnings("ignore")
 
 
-# ---------------------------------------------------------------- what is compared: each function makes a step that can be called again and again
+# ---------------------------------------------------------------- shared by all that is measured
+# `a` are the command line's values; `run` is a run folder with prepared pictures. What makes a
+# step is a function of (a, run); a step is a function of nothing that can be called again and
+# again.
 
-def backward(net, *inputs, autocast=False):
-    inputs = [v.requires_grad_() if v.is_floating_point() else v for v in inputs]
+def on_cuda(a):
+    return a.device.startswith("cuda")
+
+
+def changed(a, **more):
+    return argparse.Namespace(**(vars(a) | more))
+
+
+def kind(a):
+    return ("bf16" if a.bf16 else "fp32") + (", compiled" if a.compiled else "")
+
+
+def set_backends(a):
+    """As 04 sets them for --precision fp32 or bf16; rows and 04 itself may have changed them."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = a.bf16
+    torch.set_float32_matmul_precision("high" if a.bf16 else "highest")
+    torch.compiler.reset()                # a row's recompilations are not counted with others'
+
+
+def autocast(a):
+    return torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.bf16)
+
+
+def compiled(a, call):
+    return torch.compile(call) if a.compiled else call
+
+
+def backward(a, call, parameters, *inputs):
+    """A step: call(*inputs), then the gradients of inputs and parameters for a fixed gradient of
+    the output, or of the first of several."""
+    leaves = [*parameters, *inputs]
+    gradients = []
+    for v in inputs:
+        v.requires_grad_()
+
     def step():
-        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast):
-            out = net(*inputs)
-        (out[0] if isinstance(out, tuple) else out).float().square().mean().backward()
-        if hasattr(net, "zero_grad"):
-            net.zero_grad(set_to_none=True)
+        with autocast(a):
+            out = call(*inputs)
+        if isinstance(out, tuple):
+            out = out[0]
+        if not gradients:
+            gradients.append(torch.randn_like(out))
+        out.backward(gradients[0])
+        for v in leaves:
+            v.grad = None
+
     return step
 
 
-def decoder(norm, a):
-    net = model.build(model.Architecture(width=a.width, decoder_norm=norm)).decoder.to(a.device, memory_format=torch.channels_last)
-    z = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device)
-    return backward(torch.compile(net) if a.compiled else net, z, z.clone(), autocast=a.bf16)
+def latent(a):
+    return torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device)
+
+
+def full_map(a):
+    """A map of the decoder's full resolution, in the precision that convolutions leave it in."""
+    x = torch.randn(a.batch, a.width, a.size, a.size, device=a.device)
+    if a.bf16:
+        x = x.bfloat16()
+    return x.contiguous(memory_format=CHANNELS_LAST)
+
+
+def our_vae(a):
+    return model.build(model.Architecture(width=a.width))
+
+
+def our_encoder(a):
+    return our_vae(a).encoder
+
+
+def our_discriminator(a):
+    return losses.Discriminator(64, 2)
+
+
+def random_lpips():
+    """LPIPS with a VGG16 of random weights: costs what the real one costs, needs no download."""
+    import lpips
+    return lpips.LPIPS(net="vgg", lpips=True, pretrained=False, pnet_rand=True, verbose=False)
+
+
+def vgg():
+    """03's Perceptual around it."""
+    net = losses.Perceptual("untrained")
+    net.lpips = random_lpips()
+    return net.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------- decoders, norms, a block of 07
+
+def decoder(norm, fast, a, run):
+    """fast None: as 04 has it, which compiles the plain forms."""
+    if fast is None:
+        fast = not a.compiled
+    net = model.build(model.Architecture(width=a.width, decoder_norm=norm)).decoder
+    net = model.set_fast(net, fast).to(a.device, memory_format=CHANNELS_LAST)
+    return backward(a, compiled(a, net), net.parameters(), latent(a), latent(a))
+
+
+def norm_and_swish(norm, fast, a, run):
+    """A norm and swish alone, forward and backward: NormSwish, or the plain modules."""
+    net = norm(a.width, model.Architecture(width=a.width))
+    net = net.to(a.device, memory_format=CHANNELS_LAST)
+    net.fast = fast
+
+    def call(x, z):
+        return model.norm_swish(net, x, z)
+
+    return backward(a, compiled(a, call), net.parameters(), full_map(a), latent(a))
 
 
 def peer_vae(a, norm):
     """diffusers' encoder and decoder of our shapes."""
     from diffusers.models.autoencoders.vae import Decoder, Encoder
-    widths, c = tuple(a.width * m for m in (1, 2, 2, 4)), dict(in_channels=3, out_channels=16, layers_per_block=2)
-    down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
+    widths = tuple(a.width * m for m in (1, 2, 2, 4))
+    down = "DownEncoderBlock2D"
+    up = "UpDecoderBlock2D"
     net = nn.Module()
-    net.encoder = Encoder(**c, block_out_channels=widths, down_block_types=(down,) * 3 + ("Attn" + down,), double_z=True)
-    net.decoder = Decoder(in_channels=16, out_channels=3, layers_per_block=2, block_out_channels=widths, up_block_types=("Attn" + up,) + (up,) * 3, norm_type=norm)
+    net.encoder = Encoder(in_channels=3, out_channels=16, layers_per_block=2,
+                          block_out_channels=widths, double_z=True,
+                          down_block_types=(down, down, down, "Attn" + down))
+    net.decoder = Decoder(in_channels=16, out_channels=3, layers_per_block=2,
+                          block_out_channels=widths, norm_type=norm,
+                          up_block_types=("Attn" + up, up, up, up))
     return net.to(a.device)
 
 
-def peer_decoder(norm, a):
-    z, net = torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device), peer_vae(a, norm).decoder
-    return backward(torch.compile(net) if a.compiled else net, *([z, z.clone()] if norm == "spatial" else [z]), autocast=a.bf16)
+def peer_decoder(norm, a, run):
+    net = peer_vae(a, norm).decoder
+    inputs = [latent(a), latent(a)] if norm == "spatial" else [latent(a)]
+    return backward(a, compiled(a, net), net.parameters(), *inputs)
 
 
-def block(a):
-    """One visual block of the paper's shape at 256 px: 256 patches, 256 text tokens."""
+def block_inputs(a, n):
+    """256 patches (256 px), the time, 256 text tokens."""
+    x = torch.randn(a.batch, 256, n.width, device=a.device)
+    c = torch.randn(a.batch, n.time_width, device=a.device)
+    text = torch.randn(a.batch, 256, n.width, device=a.device)
+    return x, c, text
+
+
+def randomize(modulation):
+    """Away from the zeros at which a block is the identity."""
+    for p in modulation.parameters():
+        nn.init.normal_(p, std=0.02)
+
+
+def block(a, run):
+    """One visual block of the paper's shape."""
     n = dit.Network()
     net = dit.Block(n, cross=True).to(a.device)
-    turn = dit.turns(n.head_axes, *(torch.arange(256.0, device=a.device) // d % m for d, m in ((256, 1), (16, 16), (1, 16))))
-    x, c, text = (torch.randn(a.batch, *s, device=a.device) for s in ((256, n.width), (n.time_width,), (256, n.width)))
-    for p in net.modulation.parameters():
-        nn.init.normal_(p, std=0.02)
-    f = torch.compile(net) if a.compiled else net
-    net_forward = lambda x, c, text: f(x, c, turn, None, text, None)
-    net_forward.zero_grad = net.zero_grad
-    return backward(net_forward, x, c, text, autocast=a.bf16)
+    randomize(net.modulation)
+    place = torch.arange(256.0, device=a.device)
+    turn = dit.turns(n.head_axes, 0 * place, place // 16, place % 16)
+    forward = compiled(a, net)
+
+    def call(x, c, text):
+        return forward(x, c, turn, None, text, None)
+
+    return backward(a, call, net.parameters(), *block_inputs(a, n))
 
 
-def peer_block(a):
-    from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D, Kandinsky5TransformerDecoderBlock
+def peer_block(a, run):
+    from diffusers.models.transformers import transformer_kandinsky as kandinsky
     n = dit.Network()
-    net = Kandinsky5TransformerDecoderBlock(n.width, n.time_width, n.ff_width, sum(n.head_axes)).to(a.device)
-    rope = Kandinsky5RoPE3D(n.head_axes).to(a.device)((a.batch, 1, 16, 16), [torch.arange(1), torch.arange(16), torch.arange(16)]).flatten(1, 3).to(a.device)
-    x, c, text = (torch.randn(a.batch, *s, device=a.device) for s in ((256, n.width), (n.time_width,), (256, n.width)))
-    for p in net.visual_modulation.parameters():
-        nn.init.normal_(p, std=0.02)
-    f = torch.compile(net) if a.compiled else net
-    net_forward = lambda x, c, text: f(x, text, c, rope, None)
-    net_forward.zero_grad = net.zero_grad
-    return backward(net_forward, x, c, text, autocast=a.bf16)
+    net = kandinsky.Kandinsky5TransformerDecoderBlock(n.width, n.time_width, n.ff_width,
+                                                      sum(n.head_axes)).to(a.device)
+    randomize(net.visual_modulation)
+    rope = kandinsky.Kandinsky5RoPE3D(n.head_axes).to(a.device)
+    places = [torch.arange(1), torch.arange(16), torch.arange(16)]
+    rope = rope((a.batch, 1, 16, 16), places).flatten(1, 3).to(a.device)
+    forward = compiled(a, net)
+
+    def call(x, c, text):
+        return forward(x, text, c, rope, None)
+
+    return backward(a, call, net.parameters(), *block_inputs(a, n))
 
 
-def vgg():
-    """LPIPS with a VGG16 of random weights: costs what the real one costs, and needs no download."""
-    import lpips
-    net = losses.Perceptual("untrained")
-    net.lpips = lpips.LPIPS(net="vgg", lpips=True, pretrained=False, pnet_rand=True, verbose=False)
-    return net.requires_grad_(False).eval()
-
-
-def peer_step(a, run):
-    """A whole training step as one writes it first: the same losses and networks, diffusers' modules, the lpips package, an EMA loop, logged numbers."""
-    import lpips
-    from diffusers.training_utils import EMAModel
-    vae, disc, perceptual = peer_vae(a, "spatial"), losses.Discriminator(64, 2).to(a.device), lpips.LPIPS(net="vgg", lpips=True, pretrained=False, pnet_rand=True, verbose=False).to(a.device)
-    perceptual.requires_grad_(False).eval()
-    optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.5, 0.9)) for net in (vae, disc))
-    ema, crops, s, seen = EMAModel(vae.parameters(), decay=0.9999), data.Crops(Path(run, "data", "train"), a.size, 0), losses.Losses(), iter(range(10 ** 9))
-    encoder, decoder = (torch.compile(net) if a.compiled else net for net in (vae.encoder, vae.decoder))
-    autocast = lambda: torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.bf16)
-    def step():
-        x = losses.from_uint8(torch.stack([crops[next(seen)] for _ in range(a.batch)]).to(a.device))
-        with autocast():
-            q = model.Posterior(*encoder(x).chunk(2, dim=1))
-            z = q.sample()
-            x_hat = decoder(z, z)
-        x_hat, mean, logvar = x_hat.float(), q.mean.float(), q.logvar.float()
-        terms = [s.lambda_recon * F.mse_loss(x_hat, x), s.lambda_perc * perceptual(x, x_hat).mean(), s.lambda_kl * losses.kl_loss(mean, logvar),
-                 s.lambda_adv * losses.adversarial_loss(disc(x_hat))]
-        optimizer.zero_grad()
-        sum(terms).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        disc_loss = losses.discriminator_loss(disc(x), disc(x_hat.detach()))
-        disc_optimizer.zero_grad()
-        disc_loss.backward()
-        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
-        disc_optimizer.step()
-        ema.step(vae.parameters())
-        return [v.item() for v in (*terms, disc_loss)]
-    return step
-
+# ---------------------------------------------------------------- a whole step
 
 def fresh(run):
     """A new run folder on the same pictures."""
@@ -146,101 +248,265 @@ def fresh(run):
     return out
 
 
-def our_training(a, run, steps, between):
-    """04 itself for some steps, with `between` called after each."""
-    class Bar:
-        def __init__(self, *args, **more): self.items = args[0] if args else ()
-        def __iter__(self): return iter(self.items)
-        def update(self): between()
-        def write(self, line): pass
-        def close(self): pass
+def train_04(before_step, steps, a, run):
+    """04 itself for some steps; before_step(vae) is called before each."""
+    real = training.train_step
     perceptual = vgg()
-    real, training.tqdm, losses.Perceptual = training.tqdm, Bar, lambda net: perceptual
-    settings = training.Settings(run=fresh(run), crop=a.size, width=a.width, batch=a.batch, steps=steps, device=a.device, workers=a.workers, latent_pictures=1, val_pictures=1,
-                                 log_every=10 ** 6, val_every=10 ** 6, save_every=10 ** 6, compile=a.compiled, precision="bf16" if a.bf16 else "fp32")
-    with contextlib.redirect_stdout(io.StringIO()):
-        training.main(settings)
-    training.tqdm = real
+    silent = io.StringIO()
+
+    def train_step(parts, vae, *rest):
+        before_step(vae)
+        return real(parts, vae, *rest)
+
+    def our_perceptual(net):
+        return perceptual
+
+    never = 10 ** 6
+    s = training.Settings(run=fresh(run), crop=a.size, width=a.width, batch=a.batch, steps=steps,
+                          device=a.device, workers=a.workers, compile=a.compiled,
+                          precision="bf16" if a.bf16 else "fp32", latent_pictures=1,
+                          val_pictures=1, log_every=never, val_every=never, save_every=never)
+    numbers = (signal.SIGINT, signal.SIGTERM)       # which 04 begins to listen to
+    handlers = [signal.getsignal(number) for number in numbers]
+    bar = partial(training.tqdm, file=silent)
+    with (mock.patch.object(training, "train_step", train_step),
+          mock.patch.object(training, "tqdm", bar),
+          mock.patch.object(losses, "Perceptual", our_perceptual),
+          contextlib.redirect_stdout(silent)):
+        try:
+            training.main(s)
+        finally:
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------- how it is measured
+def peer_step(a, run):
+    """A whole step as one writes it first: the same losses and networks, diffusers' modules, the
+    lpips package, an EMA loop, logged numbers."""
+    from diffusers.training_utils import EMAModel
+    vae = peer_vae(a, "spatial")
+    disc = losses.Discriminator(64, 2).to(a.device)
+    perceptual = random_lpips().requires_grad_(False).eval().to(a.device)
+    adam = dict(lr=1e-4, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(vae.parameters(), **adam)
+    disc_optimizer = torch.optim.Adam(disc.parameters(), **adam)
+    ema = EMAModel(vae.parameters(), decay=0.9999)
+    weights = losses.Losses()
+    pictures = batches(a, run, a.batch, data.loader_workers(a, torch.device(a.device)))
+    encoder = compiled(a, vae.encoder)
+    decoder = compiled(a, vae.decoder)
 
-def clock(f, device):
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    f()
-    wait()
-    return time.perf_counter() - began
+    def step():
+        x = losses.from_uint8(next(pictures).to(a.device))
+        with autocast(a):
+            mu, logvar = encoder(x).chunk(2, dim=1)
+            q = model.Posterior(mu, logvar)
+            z = q.sample()
+            x_hat = decoder(z, z)
+        x_hat = x_hat.float()
+        recon = F.mse_loss(x_hat, x)
+        perc = perceptual(x, x_hat).mean()
+        kl = losses.kl_loss(q.mu.float(), q.logvar.float())
+        adv = losses.adversarial_loss(disc(x_hat))
+        optimizer.zero_grad()
+        losses.total_loss(kl, recon, adv, perc, weights).backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        disc_loss = losses.discriminator_loss(disc(x), disc(x_hat.detach()))
+        disc_optimizer.zero_grad()
+        disc_loss.backward()
+        nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
+        disc_optimizer.step()
+        ema.step(vae.parameters())
+        return [v.item() for v in (recon, perc, kl, adv, disc_loss)]
+
+    return step
 
 
-def summary(ours, peer):
-    ratios = sorted(p / o for o, p in zip(ours, peer))
-    quarter = lambda q: ratios[round(q * (len(ratios) - 1))]
-    return dict(ours=statistics.median(ours), peer=statistics.median(peer), ratio=statistics.median(ratios), low=quarter(0.25), high=quarter(0.75), pairs=len(ratios))
+def batches(a, run, count, workers):
+    """01's crops, `count` at a time, without end."""
+    crops = data.Crops(Path(run, "data", "train"), a.size, "benchmark", 0)
+    numbers = (list(range(first, first + count)) for first in range(0, 10 ** 8, count))
+    return iter(DataLoader(crops, batch_sampler=numbers, num_workers=workers))
 
 
-def pair(ours, peer, a):
-    for f in (ours, peer, ours, peer):
-        f()
-    times = [(clock(ours, a.device), clock(peer, a.device)) for _ in range(a.repeats)]
-    return summary(*zip(*times))
+def beside_peer(a, run):
+    """Seconds of a step of 04 and of the peer's, in turn, without the first two, which are slow."""
+    peer = peer_step(a, run)
+    times = []
+    began = []
+
+    def before_step(vae):
+        if began:
+            ours = now(a) - began.pop()
+            times.append((ours, seconds_of(peer, a)))
+        began.append(now(a))
+
+    train_04(before_step, a.repeats + 3, a, run)
+    return times[2:]
 
 
-def whole_step(a, run):
-    peer, times, mark = peer_step(a, run), [], [None]
-    def between():
-        wait = torch.cuda.synchronize if torch.device(a.device).type == "cuda" else lambda: None
-        wait()
-        now = time.perf_counter()
-        times.append((now - mark[0] if mark[0] else None, clock(peer, a.device)))
-        mark[0] = time.perf_counter()
-    our_training(a, run, a.repeats + 3, between)
-    return summary(*zip(*times[2:-1]))                      # without the first two, and the last, which saves
+def fast_beside_plain(a, run):
+    """Seconds of steps of one run of 04, with the fast forms and with the plain ones in turn."""
+    marks = []
+
+    def before_step(vae):
+        model.set_fast(vae, len(marks) % 2 == 0)
+        marks.append(now(a))
+
+    train_04(before_step, 2 * (a.repeats + 2) + 1, a, run)
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    return list(zip(seconds[0::2], seconds[1::2]))[2:]
+
+
+def as_it_is(vae):
+    """The forms that 04 chose."""
+
+
+def make_fast(vae):
+    model.set_fast(vae, True)
+
+
+def make_plain(vae):
+    model.set_fast(vae, False)
 
 
 def step_flops(a):
     """Multiplications and additions of one step of 04, without the optimizers'."""
+    s = losses.Losses()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        vae, disc, s = model.build(model.Architecture(width=a.width)), losses.Discriminator(64, 2), losses.Losses()
+        vae = our_vae(a)
+        disc = losses.Discriminator(64, 2)
+        perceptual = vgg().to("meta")
         x = torch.empty(a.batch, 3, a.size, a.size)
-        x_hat, mean, logvar = vae(x, torch.empty(a.batch, 16, a.size // 8, a.size // 8))
-        fake, real = disc(x_hat), disc(x)
-        losses.discriminator_loss(real, fake).backward(inputs=list(disc.parameters()), retain_graph=True)
-        losses.total_loss(x, x_hat, mean, logvar, fake, vgg().to("meta"), s)[0].backward(inputs=list(vae.parameters()))
+        x_hat, mu, logvar = vae(x, latent(changed(a, device="meta")))
+        real = disc(x)
+        fake = disc(x_hat)
+        disc_loss = losses.discriminator_loss(real, fake)
+        disc_loss.backward(inputs=list(disc.parameters()), retain_graph=True)
+        total = losses.total_loss(losses.kl_loss(mu, logvar), losses.recon_loss(x, x_hat),
+                                  losses.adversarial_loss(fake), perceptual(x, x_hat), s)
+        total.backward(inputs=list(vae.parameters()))
     return counter.get_total_flops()
 
 
+# ---------------------------------------------------------------- how it is measured
+
+def now(a):
+    if on_cuda(a):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(f, a):
+    began = now(a)
+    f()
+    return now(a) - began
+
+
+def in_turn(make_ours, make_peer, a, run):
+    """Pairs of seconds, after two steps of each that do not count."""
+    ours = make_ours(a, run)
+    peer = make_peer(a, run)
+    for step in (ours, peer, ours, peer):
+        step()
+    return [(seconds_of(ours, a), seconds_of(peer, a)) for _ in range(a.repeats)]
+
+
+def summary(times):
+    ours, peer = zip(*times)
+    ratios = sorted(p / o for o, p in times)
+    last = len(ratios) - 1
+    return dict(ours=statistics.median(ours), peer=statistics.median(peer),
+                ratio=statistics.median(ratios), low=ratios[round(0.25 * last)],
+                high=ratios[round(0.75 * last)], pairs=len(ratios))
+
+
+def two_steps(make, a, run):
+    step = make(a, run)
+    step()
+    step()
+
+
+@dataclass(frozen=True)
+class Item:
+    """All three are functions of (a, run)."""
+    times: Callable     # pairs of seconds
+    ours: Callable      # does two steps, for the peak of memory
+    peer: Callable
+
+
+def pair(ours, peer):
+    """An Item of two functions that make steps."""
+    return Item(partial(in_turn, ours, peer), partial(two_steps, ours), partial(two_steps, peer))
+
+
 def peak(a, name, side):
-    """GiB at the peak of two steps in a process of its own, weights and optimizer states too, above what it had after imports."""
-    line = [sys.executable, __file__, "--device", a.device, "--child", name, side] + ["--bf16"] * a.bf16 + ["--compiled"] * a.compiled + ["--width", str(a.width), "--size", str(a.size), "--batch", str(a.batch)]
+    """GiB at the peak of two steps in a process of its own, weights and optimizer states too,
+    above what it had after imports; None where it failed or nobody counts."""
+    if on_cuda(a):
+        torch.cuda.empty_cache()                    # both share the GPU
+    line = [sys.executable, __file__, "--child", name, side, "--device", a.device]
+    for flag in ("width", "size", "batch", "workers"):
+        line += [f"--{flag}", str(getattr(a, flag))]
+    for flag in ("bf16", "compiled"):
+        line += [f"--{flag}"] * getattr(a, flag)
     done = subprocess.run(line, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else sys.exit(done.stderr)
+    if done.returncode:
+        print(f"memory of {name}, {side}: {done.stderr}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory(what):
-    """Bytes of this process, VmRSS (now) or VmHWM (at the peak since it was last cleared); Linux."""
-    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(what)))
+def child(a, run):
+    """What the process of its own prints."""
+    name, side = a.child
+    device = data.pick_device(a.device)
+    work = partial(two_steps, whole_vae)
+    if name in ITEMS:
+        work = getattr(ITEMS[name], side)
+    evaluation.reset_peak(device)
+    before = evaluation.peak_gib(device)
+    work(a, run)
+    after = evaluation.peak_gib(device)
+    print(json.dumps(None if after is None else after - before))
 
 
-ITEMS = {   # name: (ours, peer), both functions of the arguments and a prepared run folder
-    "decoder: spatial norm (ours) beside GroupNorm (ours)": (lambda a, run: decoder("spatial", a), lambda a, run: decoder("group", a)),
-    "decoder: spatial norm, ours beside diffusers'": (lambda a, run: decoder("spatial", a), lambda a, run: peer_decoder("spatial", a)),
-    "decoder: GroupNorm, ours beside diffusers'": (lambda a, run: decoder("group", a), lambda a, run: peer_decoder("group", a)),
-    "04, a whole step": (None, peer_step),
-    "07, a block of the paper's shape": (lambda a, run: block(a), lambda a, run: peer_block(a)),
+ITEMS = {
+    "decoder: spatial norm (ours) beside GroupNorm (ours)": pair(
+        partial(decoder, "spatial", None), partial(decoder, "group", None)),
+    "decoder: spatial norm, ours beside diffusers'": pair(
+        partial(decoder, "spatial", None), partial(peer_decoder, "spatial")),
+    "decoder: GroupNorm, ours beside diffusers'": pair(
+        partial(decoder, "group", None), partial(peer_decoder, "group")),
+    "decoder: fast beside plain": pair(
+        partial(decoder, "spatial", True), partial(decoder, "spatial", False)),
+    "norm with swish: NormSwish beside F.silu(GroupNorm)": pair(
+        partial(norm_and_swish, model.GroupNorm, True),
+        partial(norm_and_swish, model.GroupNorm, False)),
+    "norm with swish: NormSwish beside F.silu(SpatialNorm)": pair(
+        partial(norm_and_swish, model.SpatialNorm, True),
+        partial(norm_and_swish, model.SpatialNorm, False)),
+    "04, a whole step": Item(
+        beside_peer, partial(train_04, as_it_is, 2), partial(two_steps, peer_step)),
+    "04, a whole step: fast beside plain": Item(
+        fast_beside_plain, partial(train_04, make_fast, 2), partial(train_04, make_plain, 2)),
+    "07, a block of the paper's shape": pair(block, peer_block),
 }
 
 
-# ---------------------------------------------------------------- what was tried: what stands in the scripts, beside what does not
+# ---------------------------------------------------------------- tried: networks
+# What stands in the scripts, beside what does not.
 
-def layout(make, last):
-    """A step of a network on a picture, its weights and the picture in channels_last or not."""
-    def build(a):
-        net, form = make(a).to(a.device), torch.channels_last if last else torch.contiguous_format
-        x = (torch.rand(a.batch, 3, a.size, a.size, device=a.device) * 2 - 1).contiguous(memory_format=form)
-        return backward(net.to(memory_format=form), x)
-    return build
+class Flat(nn.Module):
+    """The decoder with its latent made from a picture, so that it is called like the others."""
+    def __init__(self, a):
+        super().__init__()
+        self.net = our_vae(a).decoder
+
+    def forward(self, x):
+        z = F.avg_pool2d(x, 8).repeat(1, 6, 1, 1)[:, :16]
+        return self.net(z, z)
 
 
 class Distance(nn.Module):
@@ -253,16 +519,49 @@ class Distance(nn.Module):
         return self.net(x.detach(), x + 0.1 * torch.randn_like(x))
 
 
+def layout(make, form, under_autocast, a, run):
+    """A step of a network on pictures, its weights and the pictures in a memory format."""
+    net = make(a).to(a.device, memory_format=form)
+    x = torch.rand(a.batch, 3, a.size, a.size, device=a.device) * 2 - 1
+    a = changed(a, bf16=a.bf16 and under_autocast)
+    return backward(a, net, net.parameters(), x.contiguous(memory_format=form))
+
+
+def layouts(make, under_autocast):
+    return (partial(layout, make, CHANNELS_LAST, under_autocast),
+            partial(layout, make, torch.contiguous_format, under_autocast))
+
+
+def compiled_vae(fast, a, run):
+    def make(a):
+        return torch.compile(model.set_fast(our_vae(a), fast))
+
+    return layout(make, CHANNELS_LAST, True, a, run)
+
+
+def cudnn_benchmark(on, a, run):
+    step = layout(our_vae, CHANNELS_LAST, True, a, run)
+
+    def set_and_step():
+        torch.backends.cudnn.benchmark = on
+        step()
+
+    return set_and_step
+
+
 class UnitDistance(torch.autograd.Function):
-    """LPIPS's distance of features f, of unit length, and g, (b, c, h, w), with its gradient in g written out: one map of their size is kept where autograd keeps five."""
+    """LPIPS's distance of features f, of unit length, and g, (b, c, h, w), with its gradient in g
+    written out: one map of their size is kept where autograd keeps five."""
     @staticmethod
     def forward(ctx, f, g, w):
-        n, s = g[:, 0].numel(), (g.square().sum(1, keepdim=True) + 1e-10).rsqrt()
+        n = g[:, 0].numel()
+        s = (g.square().sum(1, keepdim=True) + 1e-10).rsqrt()
         e = torch.addcmul(f, g, s, value=-1)
         u = e * w[:, None, None]
-        distance = torch.dot(*(v.movedim(1, -1).flatten() for v in (e, u))) / n
+        distance = torch.dot(e.movedim(1, -1).flatten(), u.movedim(1, -1).flatten()) / n
         along = torch.mul(u, g, out=e).sum(1, keepdim=True)
-        ctx.save_for_backward(u.mul_(s).addcmul_(g, along * s ** 3, value=-1).mul_(-2 / n))
+        u = u.mul_(s).addcmul_(g, along * s ** 3, value=-1)
+        ctx.save_for_backward(u.mul_(-2 / n))
         return distance
 
     @staticmethod
@@ -273,205 +572,499 @@ class UnitDistance(torch.autograd.Function):
 class WrittenOut(Distance):
     def forward(self, x):
         with torch.no_grad():
-            target = self.net.features(x)
+            targets = self.net.features(x)
         lpips = self.net.lpips
-        features = lpips.net(lpips.scaling_layer(x + 0.1 * torch.randn_like(x)))
-        return sum(UnitDistance.apply(f, g, lin.model[-1].weight.flatten()) for f, g, lin in zip(target, features, lpips.lins))
+        found = lpips.net(lpips.scaling_layer(x + 0.1 * torch.randn_like(x)))
+        total = 0.0
+        for f, g, linear in zip(targets, found, lpips.lins):
+            total = total + UnitDistance.apply(f, g, linear.model[-1].weight.flatten())
+        return total
 
 
-def distance(written_out):
+def distance(written_out, a, run):
     """LPIPS as it is or written out; both equal in value and gradient."""
-    def build(a):
-        nets, results = (Distance(a), WrittenOut(a)), []
-        nets[1].load_state_dict(nets[0].state_dict())
-        x = torch.rand(1, 3, 64, 64).requires_grad_()
-        for net in nets:
-            torch.manual_seed(0)
-            value = net(x)
-            results.append((value, *torch.autograd.grad(value, x)))
-        for one, other in zip(*results):
-            assert (one - other).abs().max() < 1e-5 * one.abs().max()
-        return layout(lambda a: nets[written_out], True)(a)
-    return build
+    nets = (Distance(a), WrittenOut(a))
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = torch.rand(1, 3, 64, 64).requires_grad_()
+    results = []
+    for net in nets:
+        torch.manual_seed(0)
+        value = net(x)
+        results.append((value, *torch.autograd.grad(value, x)))
+    for one, other in zip(*results):
+        assert (one - other).abs().max() < 1e-4 * one.abs().max()
+
+    def make(a):
+        return nets[written_out]
+
+    return layout(make, CHANNELS_LAST, False, a, run)
 
 
-class Flat(nn.Module):
-    """The decoder with its latent made from a picture, so that it can be called like the others."""
-    def __init__(self, a):
-        super().__init__()
-        self.net = our_vae(a).decoder
+# ---------------------------------------------------------------- tried: operations
 
-    def forward(self, x):
-        z = F.avg_pool2d(x, 8).repeat(1, 6, 1, 1)[:, :16]
-        return self.net(z, z)
-
-
-def upsampling(transposed):
-    """Nearest neighbour and a convolution, as one transposed convolution with a 4 x 4 kernel: 4/9 of the multiplications, equal up to rounding."""
-    def build(a):
-        c = 2 * a.width
-        conv, x = model.Upsample(c, model.Architecture()).to(a.device, memory_format=torch.channels_last), torch.randn(a.batch, c, a.size // 2, a.size // 2, device=a.device)
-        x, w, box = x.contiguous(memory_format=torch.channels_last), conv.conv.weight, torch.ones(1, 1, 2, 2, device=a.device)
-        class Transposed(nn.Module):
-            def forward(self, x):
-                kernel = F.conv_transpose2d(w.flip(2, 3).transpose(0, 1).reshape(-1, 1, 3, 3), box).reshape(c, c, 4, 4)
-                return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, conv.conv.bias, stride=2, padding=3)
-        assert (Transposed()(x) - conv(x)).abs().max() < 1e-3
-        return backward(Transposed() if transposed else conv, x)
-    return build
-
-
-def operation(f):
+def operation(f, a, run):
     """f of a full-size map of the decoder, without gradients."""
-    def build(a):
-        x = torch.randn(a.batch, a.width, a.size, a.size, device=a.device).contiguous(memory_format=torch.channels_last)
-        return lambda: f(x)
-    return build
+    return partial(f, full_map(a))
+
+
+def upsampling(transposed, a, run):
+    """Nearest neighbor and a convolution, as one transposed convolution with a 4 x 4 kernel: 4/9
+    of the multiplications, equal up to rounding."""
+    c = 2 * a.width
+    net = model.Upsample(c, model.Architecture()).to(a.device, memory_format=CHANNELS_LAST)
+    x = torch.randn(a.batch, c, a.size // 2, a.size // 2, device=a.device)
+    x = x.contiguous(memory_format=CHANNELS_LAST)
+    box = torch.ones(1, 1, 2, 2, device=a.device)
+
+    def call(x):
+        kernel = net.conv.weight.flip(2, 3).transpose(0, 1).reshape(-1, 1, 3, 3)
+        kernel = F.conv_transpose2d(kernel, box).reshape(c, c, 4, 4)
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return F.conv_transpose2d(x, kernel, net.conv.bias, stride=2, padding=3)
+
+    assert (call(x) - net(x)).abs().max() < 1e-2
+    return backward(a, call if transposed else net, net.parameters(), x)
+
+
+def pool_blocks(x):
+    return model.block_sum(x, x[:, :, ::8, ::8])
+
+
+def sum_blocks(x):
+    return x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).sum((3, 5))
+
+
+GROUPS = model.Architecture.groups
+
+
+def squared_deviations(x):
+    """A group's variance, (b, c, 1, 1), as 02's NormSwish computes it: mean of (x - m)^2."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    m = model.group_mean(x.mean((2, 3), dtype=exact), GROUPS)
+    square = F.mse_loss(x.to(exact), m.expand_as(x), reduction="none")
+    return model.group_mean(square.mean((2, 3)), GROUPS)
+
+
+def var_mean(x):
+    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (GROUPS, -1))
+    variance, _ = torch.var_mean(groups, (2, 3, 4), correction=0)
+    return variance.repeat_interleave(groups.shape[2], 1)[..., None, None]
+
+
+def mean_of_squares(x):
+    """E[x^2] - m^2, which cancels where the mean is large."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    m = model.group_mean(x.mean((2, 3)), GROUPS)
+    return model.group_mean(x.square().mean((2, 3)), GROUPS) - m.square()
+
+
+def variance(f, a, run):
+    x = full_map(a)
+    assert torch.allclose(f(x), squared_deviations(x), atol=1e-3)
+    return partial(f, x)
+
+
+def pad_by_op(x):
+    return F.pad(x, (1, 1, 1, 1), mode="reflect")
+
+
+def pad_by_slices(x):
+    x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], 2)
+    return torch.cat([x[..., 1:2], x, x[..., -2:-1]], 3)
+
+
+def pad_by_index(x):
+    x = x.permute(0, 2, 3, 1)                       # channels last in name too: so they stay
+    x = x.index_select(1, reflected(x.shape[1], x.device))
+    x = x.index_select(2, reflected(x.shape[2], x.device))
+    return x.permute(0, 3, 1, 2)
+
+
+@lru_cache
+def reflected(n, device):
+    """1, 0, 1, ..., n - 1, n - 2."""
+    return torch.tensor([1, *range(n), n - 2], device=device)
+
+
+def padding(pad, convolve, a, run):
+    """Reflect padding of a map in channels_last, alone or with the convolution behind it: that
+    pays for a layout that padding has changed."""
+    x = full_map(a)
+    assert torch.equal(pad(x), pad_by_op(x))
+    if not convolve:
+        return backward(a, pad, [], x)
+    net = nn.Conv2d(a.width, a.width, 3).to(a.device, memory_format=CHANNELS_LAST)
+
+    def call(x):
+        return net(pad(x))
+
+    return backward(a, call, net.parameters(), x)
+
+
+def padded_layouts(a):
+    """{way to pad: layout of what it makes of a map in channels_last}."""
+    rows = {}
+    for name, pad in (("op", pad_by_op), ("slices", pad_by_slices), ("index", pad_by_index)):
+        last = pad(full_map(a)).is_contiguous(memory_format=CHANNELS_LAST)
+        rows[name] = "channels_last" if last else "NCHW"
+    return rows
 
 
 def trunk_in_bf16(a, run):
-    """The gradient of LPIPS (real weights) with its trunk in bf16: its cosine with that in float32, for pictures a little blurred, with little noise, with much."""
-    net, cosines = losses.Perceptual("vgg").to(a.device), []
+    """The gradient of LPIPS (real weights) with its trunk in bf16: its cosine with that in
+    float32, for pictures a little blurred, with little noise, with much."""
+    net = losses.Perceptual("vgg").to(a.device)
     x = losses.from_uint8(data.val_crops(run, a.size, a.batch).to(a.device))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(a.device)
+    cosines = []
     for y in (losses.blur(x, 0.25), x + 0.02 * noise, x + 0.2 * noise):
         gradients = []
-        for enabled in (False, True):
+        for bf16 in (False, True):
             y = y.detach().requires_grad_()
-            with torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=enabled):
+            with autocast(changed(a, bf16=bf16)):
                 net(x, y).backward()
             gradients.append(y.grad.flatten())
         cosines.append(F.cosine_similarity(*gradients, dim=0).item())
     return cosines
 
 
-our_vae = lambda a: model.build(model.Architecture(width=a.width))
-networks = {"encoder": lambda a: our_vae(a).encoder, "decoder": Flat,
-            "LPIPS (VGG)": Distance, "discriminator": lambda a: losses.Discriminator(64, 2)}
-TRIED = {f"{name}: channels_last, plain layout": (layout(make, True), layout(make, False)) for name, make in networks.items()} | {
-    "VAE: as it is, torch.compile": (layout(our_vae, True), layout(lambda a: torch.compile(our_vae(a)), True)),
-    "LPIPS (VGG): distance by autograd, written out": (distance(False), distance(True)),
-    "up-sampling: interpolation and convolution, one transposed convolution": (upsampling(False), upsampling(True)),
-    "sum over 8 x 8 blocks: pooling, sum": (operation(lambda x: F.avg_pool2d(x, 8) * 64), operation(lambda x: x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).sum((3, 5)))),
-    "a group's variance: means of x and its square, torch.var_mean": (operation(lambda x: (x.mean((2, 3)), x.square().mean((2, 3)))), operation(lambda x: torch.var_mean(x, (2, 3)))),
+# ---------------------------------------------------------------- tried: the table
+
+TRIED = {   # name: (what is taken, the other), both functions that make a step
+    "encoder: channels_last, plain layout": layouts(our_encoder, True),
+    "decoder: channels_last, plain layout": layouts(Flat, True),
+    "LPIPS (VGG): channels_last, plain layout": layouts(Distance, False),
+    "discriminator: channels_last, plain layout": layouts(our_discriminator, False),
+    "VAE: as it is, torch.compile": (
+        partial(layout, our_vae, CHANNELS_LAST, True), partial(compiled_vae, False)),
+    "VAE with --compile: from plain forms, from fast forms": (
+        partial(compiled_vae, False), partial(compiled_vae, True)),
+    "VAE: cudnn.benchmark on, off": (
+        partial(cudnn_benchmark, True), partial(cudnn_benchmark, False)),
+    "LPIPS (VGG): distance by autograd, written out": (
+        partial(distance, False), partial(distance, True)),
+    "up-sampling: interpolation and convolution, one transposed convolution": (
+        partial(upsampling, False), partial(upsampling, True)),
+    "reflect padding: the op, slices": (
+        partial(padding, pad_by_op, False), partial(padding, pad_by_slices, False)),
+    "reflect padding: the op, an index": (
+        partial(padding, pad_by_op, False), partial(padding, pad_by_index, False)),
+    "reflect padding and convolution: the op, slices": (
+        partial(padding, pad_by_op, True), partial(padding, pad_by_slices, True)),
+    "reflect padding and convolution: the op, an index": (
+        partial(padding, pad_by_op, True), partial(padding, pad_by_index, True)),
+    "sum over 8 x 8 blocks: pooling, sum": (
+        partial(operation, pool_blocks), partial(operation, sum_blocks)),
+    "a group's variance: mean of (x - m)^2, torch.var_mean": (
+        partial(variance, squared_deviations), partial(variance, var_mean)),
+    "a group's variance: mean of (x - m)^2, E[x^2] - m^2": (
+        partial(variance, squared_deviations), partial(variance, mean_of_squares)),
 }
+NEEDS_CUDA = {"VAE: cudnn.benchmark on, off"}
+LAYOUTS = "reflect padding: layouts"
+BF16_TRUNK = "LPIPS gradient, bf16 trunk"
 
 
-def tried(a, run):
-    print("\n| tried: taken, other | taken, ms | other, ms | other / taken (quartiles) |\n|---|---|---|---|")
-    rows = {}
-    for name, (ours, other) in TRIED.items():
-        rows[name] = row = pair(ours(a), other(a), a)
-        print(f"| {name} | {1e3 * row['ours']:.1f} | {1e3 * row['peer']:.1f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |", flush=True)
-    rows["LPIPS gradient, bf16 trunk"] = cosines = trunk_in_bf16(a, run)
-    print("LPIPS with its trunk in bf16: cosine of its gradient with float32's, for a slight blur, little noise, much noise: " + ", ".join(f"{c:.2f}" for c in cosines))
-    return rows
+def try_all(a, run, names, keep):
+    """The rows of TRIED among `names`, and two lines below them."""
+    print(f"\n{where(a)}\n| tried: taken, other | taken, ms | other, ms "
+          "| other / taken (quartiles) |\n|---|---|---|---|")
+    for name in [name for name in TRIED if name in names]:
+        if name in NEEDS_CUDA and not on_cuda(a):
+            keep(f"{name}, {kind(a)}", "needs cuda")
+            print(f"| {name} | needs cuda | | |")
+            continue
+        set_backends(a)
+        try:
+            row = summary(in_turn(*TRIED[name], a, run))
+        except torch.OutOfMemoryError:
+            print(f"| {name} | out of memory | | |", flush=True)
+            continue
+        keep(f"{name}, {kind(a)}", row)
+        print(f"| {name} | {1e3 * row['ours']:.1f} | {1e3 * row['peer']:.1f} | {ratio(row)} |",
+              flush=True)
+    set_backends(a)
+    if LAYOUTS in names:
+        row = padded_layouts(a)
+        keep(f"{LAYOUTS}, {kind(a)}", row)
+        print("reflect padding of a map in channels_last gives: "
+              + ", ".join(f"{way} {form}" for way, form in row.items()))
+    if BF16_TRUNK in names and not a.bf16:
+        try:
+            cosines = trunk_in_bf16(a, run)
+        except SystemExit:                          # 03 has said which file LPIPS needs
+            return
+        keep(BF16_TRUNK, cosines)
+        print("LPIPS with its trunk in bf16: cosine of its gradient with float32's, for a slight "
+              "blur, little noise, much noise: " + ", ".join(f"{c:.2f}" for c in cosines))
 
 
-# ---------------------------------------------------------------- how cost grows, the loader, several processes
+# ---------------------------------------------------------------- how cost grows
 
 def whole_vae(a, run):
-    """Forward and backward of the VAE alone, and the share of its time that attention takes in the forward pass."""
-    net = our_vae(a).to(a.device, memory_format=torch.channels_last)
-    return backward(net, torch.rand(a.batch, 3, a.size, a.size, device=a.device), torch.randn(a.batch, 16, a.size // 8, a.size // 8, device=a.device), autocast=a.bf16)
+    """Forward and backward of the VAE alone."""
+    net = our_vae(a).to(a.device, memory_format=CHANNELS_LAST)
+    x = torch.rand(a.batch, 3, a.size, a.size, device=a.device)
+    return backward(a, net, net.parameters(), x, latent(a))
 
 
 def attention_share(a):
-    """Attention's share of the forward pass: of its time, and of the multiplications of the paper's width."""
+    """Attention's share of the forward pass: of its time, and of the multiplications at the
+    paper's width."""
     spent = []
-    def timed(f, x, z=None):
+
+    def timed(forward, x, z=None):
         out = []
-        spent.append(clock(lambda: out.append(f(x, z)), a.device))
+        spent.append(seconds_of(lambda: out.append(forward(x, z)), a))
         return out[0]
-    net = our_vae(a).to(a.device, memory_format=torch.channels_last)
-    for m in net.modules():
-        if isinstance(m, model.AttnBlock):
-            m.forward = functools.partial(timed, m.forward)
+
+    net = our_vae(a).to(a.device, memory_format=CHANNELS_LAST)
+    for module in net.modules():
+        if isinstance(module, model.AttnBlock):
+            module.forward = partial(timed, module.forward)
     x = torch.rand(a.batch, 3, a.size, a.size, device=a.device)
     with torch.no_grad():
-        total = clock(lambda: net(x), a.device)
+        total = seconds_of(lambda: net(x), a)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.build(model.Architecture())(torch.empty(1, 3, a.size, a.size))
-    flops = counter.get_flop_counts()
-    attention = sum(v for name, per in flops.items() if name.split(".")[-1].isdigit() and ".attn." in f".{name}." or name.endswith("attn_1") for v in per.values())
+        paper = model.build(model.Architecture())
+        paper(torch.empty(1, 3, a.size, a.size))
+    attention = 0
+    counts = counter.get_flop_counts()
+    for name, module in paper.named_modules():
+        if isinstance(module, model.AttnBlock):
+            attention += sum(counts[f"VAE.{name}"].values())
     return sum(spent) / total, attention / counter.get_total_flops()
 
 
-def growth(a):
-    """Seconds and GiB of the VAE's forward and backward against size, width and batch, one at a time."""
-    print("\n| picture, px | width | batch | s | s a megapixel | GiB | attention, share of forward's time | of its FLOPs at width 128 |\n|---|---|---|---|---|---|---|---|")
-    rows, base = [], dict(size=256, width=a.width, batch=1)
-    for change in [dict(size=n) for n in (128, 256, 512, 1024)] + [dict(width=a.width * 2)] + [dict(batch=n) for n in (2, 4)]:
-        b = argparse.Namespace(**(vars(a) | base | change))
-        step = whole_vae(b, None)
-        if b.size < 1024:                                   # a minute a step on a CPU, where a first one is not much slower than others
+def growth(a, run):
+    """Seconds and GiB of the VAE's forward and backward against size, width and batch, one at a
+    time."""
+    print(f"\n{where(a)}\n| picture, px | width | batch | s | s a megapixel | GiB "
+          "| attention, share of forward's time | of its FLOPs at width 128 |\n"
+          "|---|---|---|---|---|---|---|---|")
+    base = dict(size=min(256, a.largest), width=a.width, batch=1)
+    changes = [dict(size=n) for n in (128, 256, 512, 1024) if n <= a.largest]
+    changes += [dict(width=a.width * 2), dict(batch=2), dict(batch=4)]
+    rows = []
+    for change in changes:
+        b = changed(a, **(base | change))
+        step = whole_vae(b, run)
+        repeats = 5
+        if b.size < 1024:
             step()
-        seconds = statistics.median(clock(step, a.device) for _ in range(5 if b.size < 1024 else 1))
-        row = dict(size=b.size, width=b.width, batch=b.batch, seconds=seconds, gib=peak(b, "vae", "ours"), attention=attention_share(b))
+        else:
+            repeats = 1     # a minute a step on a CPU, where a first one is not much slower
+        seconds = statistics.median(seconds_of(step, b) for _ in range(repeats))
+        by_time, by_flops = attention_share(b)
+        row = dict(size=b.size, width=b.width, batch=b.batch, seconds=seconds,
+                   gib=peak(b, "vae", "ours"), attention=(by_time, by_flops))
         rows.append(row)
-        print(f"| {b.size} | {b.width} | {b.batch} | {seconds:.2f} | {seconds / (b.batch * b.size ** 2 / 1e6):.1f} | {row['gib']:.2f} | {row['attention'][0]:.2f} | {row['attention'][1]:.2f} |", flush=True)
+        megapixels = b.batch * b.size ** 2 / 1e6
+        print(f"| {b.size} | {b.width} | {b.batch} | {seconds:.2f} | {seconds / megapixels:.1f} "
+              f"| {gib(row['gib'])} | {by_time:.2f} | {by_flops:.2f} |", flush=True)
     return rows
 
+
+# ---------------------------------------------------------------- the loader, several processes
 
 def loader(a, run):
-    """Pictures a second that 01's Crops give, by number of workers: what a step may use up before it waits."""
-    crops, rows = data.Crops(Path(run, "data", "train"), a.size, 0), {}
-    for workers in (0, 1, 2, 4, 8):
-        if workers <= os.cpu_count():
-            items = iter(torch.utils.data.DataLoader(crops, batch_sampler=([16 * i + j for j in range(16)] for i in range(10 ** 6)), num_workers=workers))
+    """Pictures a second that 01's Crops give, by number of workers: what a step may use up before
+    it waits."""
+    rows = {}
+    for workers in [n for n in (0, 1, 2, 4, 8) if n <= os.cpu_count()]:
+        items = batches(a, run, 16, workers)
+        next(items)
+        began = time.perf_counter()
+        for _ in range(12):
             next(items)
-            rows[workers] = 16 * 12 / clock(lambda: [next(items) for _ in range(12)], "cpu")
-            del items
-    print(f"\nloader, {a.size} px crops of 480 px pictures, pictures a second by workers: " + ", ".join(f"{k}: {v:.0f}" for k, v in rows.items()))
+        rows[workers] = 16 * 12 / (time.perf_counter() - began)
+        del items
+    print(f"\nloader, {a.size} px crops of 480 px pictures, pictures a second by workers: "
+          + ", ".join(f"{workers}: {rate:.0f}" for workers, rate in rows.items()))
     return rows
+
+
+def start_04(a, run, count, batch):
+    """04 under torchrun with `count` processes of a thread each; its run folder and process."""
+    out = fresh(run)
+    steps = 2 * (a.repeats + 6)                     # of which the second half counts
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(count), "--", "04_train_vae.py", "--run", out,
+            "--width", str(a.width), "--crop", str(a.size), "--batch", str(batch),
+            "--steps", str(steps), "--log-every", str(steps // 2), "--val-every", str(2 * steps),
+            "--val-pictures", "1", "--latent-pictures", "1", "--workers", "0",
+            "--perceptual-net", "untrained", "--device", a.device]
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return out, process
+
+
+def rate(started):
+    """Pictures a second of some runs together, once they have ended."""
+    total = 0.0
+    for out, process in started:
+        if process.wait():
+            sys.exit("04_train_vae.py failed under torchrun")
+        total += list(data.read_jsonl(Path(out, "log.jsonl")))[-1]["pictures_per_second"]
+    return total
 
 
 def processes(a, run):
-    """04 under torchrun with 1, 2, ... processes of one thread each (CPU) or one GPU each, the same pictures for each process;
-    beside it as many runs that share nothing but the machine: what they lose it is that limits, the rest is communication."""
-    def start(n, batch):
-        out = fresh(run)
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--", "04_train_vae.py", "--run", out, "--width", str(a.width), "--crop", "240", "--batch", str(batch),
-                "--steps", "30", "--log-every", "15", "--val-every", "100", "--val-pictures", "1", "--latent-pictures", "1", "--workers", "0", "--perceptual-net", "untrained", "--device", a.device]
-        return out, subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    def rate(runs):
-        if any(process.wait() for _, process in runs):
-            sys.exit("04_train_vae.py failed under torchrun")
-        return sum(list(data.read_jsonl(Path(out, "log.jsonl")))[-1]["pictures_per_second"] for out, _ in runs)
-    most, rows = torch.cuda.device_count() if a.device.startswith("cuda") else os.cpu_count(), {}
-    print("\n| processes | together, pictures a second | of as many times one | apart | of as many times one |\n|---|---|---|---|---|")
+    """04 under torchrun with 1, 2, ... processes of one thread each (CPU) or one GPU each, the
+    same pictures for each process; beside it as many runs that share nothing but the machine: what
+    they lose it is that limits, the rest is communication."""
+    most = torch.cuda.device_count() if on_cuda(a) else os.cpu_count()
+    print("\n| processes | together, pictures a second | of as many times one | apart "
+          "| of as many times one |\n|---|---|---|---|---|")
+    rows = {}
     for n in [n for n in (1, 2, 4, 8) if n <= most]:
-        together, apart = rate([start(n, a.batch * n)]), None if a.device.startswith("cuda") else rate([start(1, a.batch) for _ in range(n)])
-        rows[n] = dict(together=together, apart=apart)
-        print(f"| {n} | {together:.2f} | {together / n / rows[1]['together']:.2f} |" + (f" {apart:.2f} | {apart / n / rows[1]['apart']:.2f} |" if apart else " | |"), flush=True)
+        together = rate([start_04(a, run, n, a.batch * n)])
+        rows[n] = dict(together=together)
+        line = f"| {n} | {together:.2f} | {together / n / rows[1]['together']:.2f} |"
+        if on_cuda(a):
+            line += " | |"
+        else:
+            apart = rate([start_04(a, run, 1, a.batch) for _ in range(n)])
+            rows[n]["apart"] = apart
+            line += f" {apart:.2f} | {apart / n / rows[1]['apart']:.2f} |"
+        print(line, flush=True)
     return rows
 
 
-PEAK = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}          # TFLOP/s in bf16 without sparsity, of the makers' data sheets
+# ---------------------------------------------------------------- what 07 makes of the device
+
+# TFLOP/s in bf16 without sparsity, from the makers' data sheets.
+PEAK = {"H200": 989, "H100": 989, "A100": 312, "4090": 165}
 
 
-def utilisation(a):
-    """What 07's loss and its gradients make of the device: the paper's 2 B network on a GPU, small's on a CPU, 256 px, full prompts."""
-    on_gpu = a.device.startswith("cuda")
-    n = dit.Network() if on_gpu else dit.Network(width=512, ff_width=2048, time_width=256, blocks=12)
+def utilization(a, run):
+    """What 07's loss and its gradients make of the device: the paper's 2 B network on a GPU,
+    small's on a CPU, 256 px, full prompts."""
+    n = dit.Network()
+    if not on_cuda(a):
+        n = dit.Network(width=512, ff_width=2048, time_width=256, blocks=12)
     with torch.device(a.device):
-        net, b = dit.build(n), a.batch
-        x, noise, t, tokens, pooled = torch.randn(b, 16, 32, 32), torch.randn(b, 16, 32, 32), torch.rand(b), torch.randn(b, n.text_length, n.text_width), torch.randn(b, n.pooled_width)
-        mask = torch.ones(b, n.text_length, dtype=torch.bool)
-    def step(f=net):
-        with torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.bf16):
-            loss = dit.flow_loss(f, x, noise, t, tokens, mask, pooled).mean()
+        net = dit.build(n)
+        x = torch.randn(a.batch, 16, 32, 32)
+        noise = torch.randn(a.batch, 16, 32, 32)
+        t = torch.rand(a.batch)
+        tokens = torch.randn(a.batch, n.text_length, n.text_width)
+        mask = torch.ones(a.batch, n.text_length, dtype=torch.bool)
+        pooled = torch.randn(a.batch, n.pooled_width)
+
+    def step(forward):
+        with autocast(a):
+            loss = dit.flow_loss(forward, x, noise, t, tokens, mask, pooled).mean()
         loss.backward()
         net.zero_grad(set_to_none=True)
+
     with FlopCounterMode(display=False) as counter:
-        step()
-    f = torch.compile(net) if a.compiled else net
-    step(f)
-    seconds = statistics.median(clock(lambda: step(f), a.device) for _ in range(a.repeats))
-    rate = counter.get_total_flops() / seconds / 1e12
-    peak = next((v for k, v in PEAK.items() if on_gpu and k in torch.cuda.get_device_name()), None)
-    print(f"\n07, {model.count(net):,} parameters, batch {b}: {seconds:.3f} s, {rate:.2f} TFLOP/s" + (f", {rate / peak:.0%} of {peak}" if peak and a.bf16 else ""))
-    return dict(seconds=seconds, tflops=rate, share=rate / peak if peak and a.bf16 else None)
+        step(net)
+    step = partial(step, compiled(a, net))
+    step()
+    seconds = statistics.median(seconds_of(step, a) for _ in range(a.repeats))
+    tflops = counter.get_total_flops() / seconds / 1e12
+    row = dict(seconds=seconds, tflops=tflops, share=None)
+    line = (f"\n07, {model.count(net):,} parameters, batch {a.batch}, {kind(a)}: {seconds:.3f} s, "
+            f"{tflops:.2f} TFLOP/s")
+    if on_cuda(a) and a.bf16:
+        for name, top in PEAK.items():
+            if name in torch.cuda.get_device_name():
+                row["share"] = tflops / top
+                line += f", {row['share']:.0%} of {top}"
+    print(line, flush=True)
+    return row
+
+
+# ---------------------------------------------------------------- the tables
+
+def device_name(a):
+    if on_cuda(a):
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def where(a):
+    return (f"{device_name(a)}, PyTorch {torch.__version__}, {kind(a)}; width {a.width}, "
+            f"{a.size} px, batch {a.batch}")
+
+
+def ratio(row):
+    return f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}, {row['pairs']} pairs)"
+
+
+def gib(value):
+    return "-" if value is None else f"{value:.2f}"
+
+
+def measure_items(a, run, names, keep):
+    """The rows of ITEMS among `names`."""
+    print(f"\n{where(a)}\n| item | ours, ms | peer, ms | peer / ours, median (quartiles) "
+          "| GiB: ours | peer |\n|---|---|---|---|---|---|")
+    for name in [name for name in ITEMS if name in names]:
+        set_backends(a)
+        try:
+            row = summary(ITEMS[name].times(a, run))
+        except torch.OutOfMemoryError:
+            print(f"| {name} | out of memory | | | | |", flush=True)
+            continue
+        for side in ("ours", "peer"):
+            row[f"memory_{side}"] = peak(a, name, side)
+        line = (f"| {name} | {1e3 * row['ours']:.1f} | {1e3 * row['peer']:.1f} | {ratio(row)} "
+                f"| {gib(row['memory_ours'])} | {gib(row['memory_peer'])} |")
+        if name == "04, a whole step":
+            row["flops"] = step_flops(a)
+            line += (f"\n(a step of ours: {row['flops'] / 1e9:.0f} GFLOP, "
+                     f"{row['flops'] / row['ours'] / 1e9:.0f} a second)")
+        keep(f"{name}, {kind(a)}", row)
+        print(line, flush=True)
+
+
+ALONE = {"growth": growth, "loader": loader, "processes": processes}
+# The heading is what --only looks at too: "tried" has all of TRIED.
+NAMES = {name: name for name in (*ITEMS, "utilization")}
+NAMES |= {name: f"tried: {name}" for name in (*TRIED, LAYOUTS, BF16_TRUNK)}
+NAMES |= {name: name for name in ALONE}
+
+
+def choose(only):
+    """Names of what --only asks for."""
+    if only in NAMES:
+        return {only}
+    return {name for name, words in NAMES.items() if only in words}
+
+
+def kinds(a):
+    """The command line's values for each precision that is measured."""
+    chosen = [(a.bf16, a.compiled)]
+    if on_cuda(a) and not (a.bf16 or a.compiled):
+        chosen = [(False, False), (True, False), (True, True)]
+    return [changed(a, bf16=bf16, compiled=compiled) for bf16, compiled in chosen]
+
+
+def measure(a, run, names):
+    settings = {key: value for key, value in vars(a).items() if key != "child"}
+    report = dict(device=device_name(a), torch=torch.__version__, settings=settings, rows={})
+
+    def keep(name, row):
+        report["rows"][name] = row
+        data.write_text(Path(a.out), json.dumps(report, indent=1))
+
+    for b in kinds(a):
+        if names & ITEMS.keys():
+            measure_items(b, run, names, keep)
+        if "utilization" in names:
+            set_backends(b)
+            keep(f"utilization, {kind(b)}", utilization(b, run))
+    # Of what was tried only rows that say so are compiled.
+    uncompiled = {b.bf16: changed(b, compiled=False) for b in kinds(a)}
+    for b in uncompiled.values():
+        if names & {*TRIED, LAYOUTS, BF16_TRUNK}:
+            try_all(b, run, names, keep)
+    last = changed(kinds(a)[-1], compiled=False)
+    for name in [name for name in ALONE if name in names]:
+        set_backends(last)
+        keep(name, ALONE[name](last, run))
 
 
 def prepare(folder):
@@ -480,58 +1073,33 @@ def prepare(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="items whose name has this in it")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--workers", type=int, default=-1, help="of the loaders of a whole step")
+    parser.add_argument("--largest", type=int, default=1024, help="picture of growth, px")
     parser.add_argument("--out", default="benchmark.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    for name, value in CPU.items():
-        parser.add_argument(f"--{name}", type=int)
+    for name in CPU:
+        parser.add_argument(f"--{name}", type=int, help=f"[{CPU[name]}; {CUDA[name]} on a GPU]")
     a = parser.parse_args()
-    for name, value in (CUDA if a.device.startswith("cuda") else CPU).items():
-        setattr(a, name, getattr(a, name) or value)
+    for name, value in (CUDA if on_cuda(a) else CPU).items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
+    names = choose(a.only)
+    if not names:
+        parser.error(f"--only {a.only}: no such item; there are\n  " + "\n  ".join(NAMES.values()))
     torch.manual_seed(0)
-
+    set_backends(a)
     with tempfile.TemporaryDirectory() as run:
-        if a.child:
-            name, side = a.child
-            prepare(run)
-            before = memory("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")          # the peak begins anew here
-            if name.startswith("04") and side == "ours":
-                our_training(a, run, 2, lambda: None)
-            else:
-                step = (whole_vae if name == "vae" else ITEMS[name][side == "peer"])(a, run)
-                step(), step()
-            print(torch.cuda.max_memory_allocated() / 2 ** 30 if a.device.startswith("cuda") else (memory("VmHWM") - before) / 2 ** 30)
-            return
         prepare(run)
-        device, rows = torch.cuda.get_device_name() if a.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads", {}
-        every = [(False, False), (True, False), (True, True)] if a.device.startswith("cuda") and not (a.bf16 or a.compiled) else [(a.bf16, a.compiled)]
-        for a.bf16, a.compiled in every:
-            kind = ("bf16" if a.bf16 else "fp32") + ", compiled" * a.compiled
-            print(f"\n{device}, PyTorch {torch.__version__}, {kind}; width {a.width}, {a.size} px, batch {a.batch}\n"
-                  f"| item | ours, ms | peer, ms | peer / ours, median (quartiles) | GiB: ours | peer |\n|---|---|---|---|---|---|")
-            for name, (ours, peer) in ITEMS.items():
-                if a.only not in name:
-                    continue
-                row = whole_step(a, run) if name.startswith("04") else pair(ours(a, run), peer(a, run), a)
-                row |= {f"memory_{side}": peak(a, name, side) for side in ("ours", "peer")}
-                row |= dict(flops=step_flops(a)) if name.startswith("04") else {}
-                rows[f"{name}, {kind}"] = row
-                print(f"| {name} | {1e3 * row['ours']:.0f} | {1e3 * row['peer']:.0f} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}, {row['pairs']} pairs) "
-                      f"| {row['memory_ours']:.2f} | {row['memory_peer']:.2f} |", flush=True)
-                if "flops" in row:
-                    print(f"(a step of ours: {row['flops'] / 1e9:.0f} GFLOP, {row['flops'] / row['ours'] / 1e9:.0f} a second)")
-            if a.only in "utilisation":
-                rows[f"utilisation, {kind}"] = utilisation(a)
-        for name, measure in (("tried", lambda: tried(a, run)), ("growth", lambda: growth(a)), ("loader", lambda: loader(a, run)), ("processes", lambda: processes(a, run))):
-            if a.only in name:
-                rows[name] = measure()
-    Path(a.out).write_text(json.dumps(dict(device=device, torch=torch.__version__, settings={k: v for k, v in vars(a).items() if k not in ("child", "bf16", "compiled")}, rows=rows), indent=1))
+        if a.child:
+            child(a, run)
+        else:
+            measure(a, run, names)
 
 
 if __name__ == "__main__":

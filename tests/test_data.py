@@ -126,7 +126,7 @@ def test_exif_orientation(data, tmp_path, orientation, format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     blob = encoded(picture(), format, exif=exif, **({"quality": 98, "subsampling": 0} if format == "JPEG" else {}))
-    x, _ = data.to_rgb({"picture": lambda: blob}, settings(data, tmp_path, tmp_path))
+    x, _ = data.to_rgb(lambda: blob, 48, 10 ** 8)
     reference = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(blob)))).astype(int)
     assert np.abs(x.permute(1, 2, 0).numpy() - reference).max() <= 3
 
@@ -179,7 +179,7 @@ def test_a_run_folder_among_the_pictures(data, tmp_path):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture(), "PNG"))
     first = data.main(settings(data, tmp_path / "run", tmp_path))
     assert data.main(settings(data, tmp_path / "run", tmp_path)) == first and sum(first.values()) == 8
-    assert len(data.list_units(data.Settings(images=str(tmp_path / "run" / "data" / "train")))) == first["train"]
+    assert len(data.find_units(str(tmp_path / "run" / "data" / "train"))) == first["train"]
 
 
 def test_split_depends_on_the_name_alone(data, tmp_path):
@@ -235,15 +235,16 @@ def test_metadata_is_an_imagefolder(prepared):
 
 def test_crops_are_a_function_of_seed_and_position(data, prepared):
     folder = prepared / "data" / "train"
-    crops = data.Crops(folder, 32, seed=0)
+    crops = data.Crops(folder, 32, "04", 0)
     first = [crops[n] for n in range(40)]
     assert all(c.shape == (3, 32, 32) and c.dtype == torch.uint8 for c in first)
-    assert all(torch.equal(a, b) for a, b in zip(first, (data.Crops(folder, 32, seed=0)[n] for n in range(40))))
-    assert not all(torch.equal(a, b) for a, b in zip(first, (data.Crops(folder, 32, seed=1)[n] for n in range(40))))
+    assert all(torch.equal(a, b) for a, b in zip(first, (data.Crops(folder, 32, "04", 0)[n] for n in range(40))))
+    for other in (data.Crops(folder, 32, "04", 1), data.Crops(folder, 32, "05", 0)):      # another seed, another stage
+        assert not all(torch.equal(a, b) for a, b in zip(first, (other[n] for n in range(40))))
     loader = torch.utils.data.DataLoader(crops, batch_sampler=[list(range(20)), list(range(20, 40))], num_workers=2)
     assert torch.equal(torch.cat(list(loader)), torch.stack(first))
     # Every crop is a window of some picture, and some are flipped.
-    whole = [data.read_picture(folder, n) for n in crops.names]
+    whole = [data.read_picture(folder, n) for n in data.picture_names(folder, 32)]
     windows = lambda x: x.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
     inside = lambda c: any((windows(x) == c).flatten(1).all(1).any() for x in whole)
     plain, flipped = [inside(c) for c in first[:10]], [inside(c.flip(-1)) for c in first[:10]]
@@ -287,3 +288,99 @@ def test_sentences(data, tmp_path, capsys):
     kept.write_text(json.dumps({k: v for k, v in json.loads(kept.read_text()).items() if k != "interpolation"}))       # of a version that had no such flag
     assert "--interpolation unknown" in refused(lambda: data.main(settings(data, tmp_path / "r", tmp_path / "none")), capsys)
     assert "run 01_data.py first" in refused(lambda: data.picture_names(tmp_path / "nothing", 32), capsys)
+
+
+def test_which_score_counts(data):
+    """The first aesthetic name that holds a number; a bare "score" may be a similarity and is none."""
+    describe = lambda **meta: data.describe({".json": lambda: json.dumps(meta).encode()})[1]
+    assert describe(aesthetic=6, score=0.31) == describe(score=0.31, AESTHETIC=6) == 6
+    assert describe(aesthetic=6, aesthetic_score=5) == describe(aesthetic_score=5, aesthetic=6) == 5
+    assert describe(aesthetic_score="none", aesthetics=4) == 4 and describe(score=9) is None and describe(similarity=0.3) is None
+
+
+def display_p3():
+    """An ICC profile of Display P3's primaries (D50) and gamma 2.2, byte by byte."""
+    fixed = lambda v: struct.pack(">i", round(v * 65536))
+    xyz = lambda *v: b"XYZ \0\0\0\0" + b"".join(map(fixed, v))
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+    text = b"text\0\0\0\0test\0\0\0\0"
+    description = b"desc\0\0\0\0" + struct.pack(">I", 3) + b"P3\0" + bytes(80)
+    tags = {b"rXYZ": xyz(0.5151, 0.2412, -0.0011), b"gXYZ": xyz(0.2920, 0.6922, 0.0419), b"bXYZ": xyz(0.1571, 0.0666, 0.7841),
+            b"wtpt": xyz(0.9642, 1.0, 0.8249), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve, b"cprt": text, b"desc": description}
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, blob in tags.items():
+        blob += bytes(-len(blob) % 4)
+        table += name + struct.pack(">II", start + len(body), len(blob))
+        body += blob
+    size = start + len(body)
+    header = struct.pack(">I", size) + bytes(4) + bytes([2, 0x10, 0, 0]) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    header += b"".join(map(fixed, (0.9642, 1.0, 0.8249)))
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
+def test_profiles_become_srgb(data, mode):
+    """A color of Display P3 comes out as sRGB has it, by the two spaces' matrices; transparency stays; a wrong profile changes nothing."""
+    color = (150, 200, 90)
+    im = Image.new("RGB", (64, 64), color).convert(mode)
+    blob = encoded(im, "PNG" if mode != "CMYK" else "TIFF", icc_profile=display_p3())
+    x, _ = data.to_rgb(lambda: blob, 1, 10 ** 6)
+    if mode in ("L", "CMYK"):                                                # an RGB profile does not fit: as without it
+        plain, _ = data.to_rgb(lambda: encoded(im, "PNG" if mode == "L" else "TIFF"), 1, 10 ** 6)
+        assert torch.equal(x, plain)
+        return
+    linear = (np.array(im.convert("RGB"))[0, 0] / 255) ** 2.2
+    p3_to_srgb = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+    v = (p3_to_srgb @ linear).clip(0, 1)
+    expected = 255 * np.where(v <= 0.0031308, 12.92 * v, 1.055 * v ** (1 / 2.4) - 0.055)
+    assert np.abs(x[:, 0, 0].numpy() - expected).max() < 3 and np.abs(np.array(im.convert("RGB"))[0, 0] - expected).max() > 15
+    broken, _ = data.to_rgb(lambda: encoded(im, "PNG", icc_profile=b"no profile"), 1, 10 ** 6)
+    assert torch.equal(broken[:, 0, 0], torch.tensor(np.array(im.convert("RGB"))[0, 0]))
+
+
+def test_a_small_folder_gets_validation_pictures(data, tmp_path):
+    """Of 28 pictures 1% is none: five are taken, by name alone, fixed at the first run; growing changes no split."""
+    images = tmp_path / "in"
+    images.mkdir()
+    for i in range(28):
+        (images / f"photo {i}.png").write_bytes(encoded(picture(), "PNG"))
+    s = settings(data, tmp_path / "run", images, val_share=0.01)
+    assert data.main(s) == {"train": 23, "val": 5}
+    first = {r["source"] for r in lines(tmp_path / "run" / "data" / "val" / "metadata.jsonl")}
+    assert first == set(sorted((p.name for p in images.iterdir()), key=data.name_number)[:5])
+    for i in range(28, 60):
+        (images / f"photo {i}.png").write_bytes(encoded(picture(), "PNG"))
+    data.main(s)
+    kept, _ = outcome(tmp_path / "run")
+    now = {r["source"] for r in lines(tmp_path / "run" / "data" / "val" / "metadata.jsonl")}
+    assert len(kept) == 60 and first <= now and {n for n in now if int(n.split()[1][:-4]) < 28} == first
+    assert data.main(settings(data, tmp_path / "other", images, val_share=0.5))["val"] > 15     # what gives enough is taken as it is
+
+
+def test_index(data, tmp_path):
+    """Sorted names, whatever the workers' order; one hash for one set of pictures, another for another; a stale one is made again."""
+    seen = []
+    for workers, count in ((0, 8), (3, 8), (0, 9)):
+        run = tmp_path / f"{workers} {count}"
+        data.main(data.Settings(run=str(run), count=count, resize=32, crop=32, val_share=0.3, workers=workers))
+        folder = run / "data" / "train"
+        names = [line["file_name"] for line in lines(folder / "metadata.jsonl")]
+        assert names == sorted(names) == [n.decode() for n in data.picture_names(folder, 32)]
+        index = json.loads((folder / "index.json").read_text())
+        assert index["pictures"] == len(names)
+        seen.append(data.parent(folder / "index.json")["sha256"])
+    assert seen[0] == seen[1] != seen[2]
+    # A run killed after a picture and before the index: the next one finds nothing to do, and makes the index.
+    before = (folder / "index.json").read_text()
+    (folder / "index.json").write_text('{"pictures": 1, "sha256": "of an earlier run"}')
+    data.main(data.Settings(run=str(run), count=9, resize=32, crop=32, val_share=0.3, workers=0))
+    assert (folder / "index.json").read_text() == before
+
+
+def test_leftovers_of_a_killed_save(data, tmp_path):
+    """resume removes what a killed save of its own stage left, and nothing else."""
+    for name in (".vae.pt.tmp", ".dit.pt.tmp"):
+        (tmp_path / name).write_bytes(b"half of it")
+    s = data.TrainingRun(run=str(tmp_path))
+    assert data.resume(s, "04_train_vae", tmp_path / "vae.pt", {}) is None
+    assert [p.name for p in tmp_path.iterdir()] == [".dit.pt.tmp"]

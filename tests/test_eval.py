@@ -19,7 +19,7 @@ def evaluation():
 def scenes(data):
     """Eight scenes at 256 pixels, as tensors in [-1, 1]."""
     from torchvision.transforms.v2.functional import pil_to_tensor
-    crops = [data.centre_crop(data.resize_shorter(pil_to_tensor(data.scene(0, i)[1]()), 256), 256) for i in range(8)]
+    crops = [data.center_crop(data.resize_shorter(pil_to_tensor(data.scene(0, i)[1]()), 256), 256) for i in range(8)]
     return torch.stack(crops).float() / 127.5 - 1
 
 
@@ -27,9 +27,13 @@ def settings(evaluation, run, **more):
     return evaluation.Settings(**(dict(run=str(run), size=64, perceptual_net="untrained", device="cpu") | more))
 
 
+def data_module():
+    return importlib.import_module("01_data")
+
+
 def own_file(model, path, **more):
     vae = tiny(model, **more)
-    model.save_checkpoint(path, stage="04_train_vae", architecture=vars(vae.architecture), model=vae.state_dict(), ema=vae.state_dict(),
+    data_module().save_checkpoint(path, stage="04_train_vae", architecture=vars(vae.architecture), model=vae.state_dict(), ema=vae.state_dict(),
                           latent_mean=torch.zeros(16), latent_std=torch.ones(16))
     return vae
 
@@ -73,37 +77,78 @@ def test_a_perfect_reconstruction_is_ideal(evaluation, losses, scenes):
 
 
 def test_meters_know_their_artifact(evaluation, losses, scenes):
-    """Five meters, five artifacts, three strengths: each reacts to its own at least ten times more than to any other, and grows with it."""
+    """Five meters, five artifacts, three strengths: each reacts to its own at least ten times more than to any other, and
+    grows with it. JPEG at quality 10, whose blocks have steps of either sign, is a grid too."""
     x = losses.to_uint8(scenes).float()
     before = dict.fromkeys(evaluation.METERS, 1.0)                                          # the weakest artifact is outside the healthy range already
-    cells = {meter: {a: [] for a in losses.ARTIFACTS} for meter in evaluation.METERS}
+    cells = {meter: {a: [] for a in [*losses.ARTIFACTS, "JPEG 10"]} for meter in evaluation.METERS}
+    write = lambda value: f"{value:.3g}" if value >= 0.01 else "0"
     for strength in losses.STRENGTHS:
         readings = {a: evaluation.read_meters(x, losses.to_uint8(artifact(scenes, strength)).float()) for a, artifact in losses.ARTIFACTS.items()}
         for meter in evaluation.METERS:
             reactions = {a: evaluation.reaction(meter, r[meter]) for a, r in readings.items()}
             for a, value in reactions.items():
-                cells[meter][a].append(f"{value:.3g}" if value >= 0.01 else "0")
+                cells[meter][a].append(write(value))
             own = reactions.pop(meter)
             assert own >= 10 * max(reactions.values()), (meter, strength, own, reactions)
             assert own > before[meter], (meter, strength, own, before[meter])
             before[meter] = own
-    lines = ["| meter | " + " | ".join(losses.ARTIFACTS) + " |", "|---" * 6 + "|"]
+    for meter, reading in jpeg_readings(evaluation, losses, scenes, 10).items():
+        cells[meter]["JPEG 10"].append(write(evaluation.reaction(meter, reading)))
+    assert float(cells["grid"]["JPEG 10"][0]) > 2
+    lines = ["| meter | " + " | ".join([*losses.ARTIFACTS, "JPEG 10"]) + " |", "|---" * 7 + "|"]
     lines += [f"| {meter} | " + " | ".join(" / ".join(values) for values in row.values()) + " |" for meter, row in cells.items()]
     print("\n" + "\n".join(lines))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     numbers = lambda text: [[float(v) for v in cell.split("/")] for cell in text.split("|")[2:-1]]
-    for line in lines[2:]:                                                                  # the table in the README is this one
-        printed = next(row for row in readme.splitlines() if row.startswith(line[:line.index("|", 2)] + "|") and "/" in row and row.count("|") == 7)
+    for line in lines[2:]:                                                                  # the table in tests/README.md is this one
+        printed = next(row for row in written.splitlines() if row.startswith(line[:line.index("|", 2)] + "|") and "/" in row and row.count("|") == 8)
         for a, b in zip(numbers(line), numbers(printed)):
             assert a == pytest.approx(b, rel=0.05, abs=0.02)
+
+
+def jpeg_readings(evaluation, losses, pictures, quality):
+    y = torch.cat([losses.to_uint8(evaluation.jpeg(quality, x[None])) for x in pictures]).float()
+    return evaluation.read_meters(losses.to_uint8(pictures).float(), y)
+
+
+def test_grid_meter_sees_either_sign(evaluation, losses, scenes):
+    """Blocks and lines of random sign, checkerboards, JPEG by quality; blind to errors below a gray level, noise, blur and shifts."""
+    x = losses.to_uint8(scenes).float()
+    reading = lambda y: evaluation.reaction("grid", evaluation.read_meters(x, y.clamp(0, 255).round())["grid"])
+    rng = torch.Generator().manual_seed(0)
+    for period in (8, 4, 2):
+        cells = torch.randn(8, 1, 256 // period, 256 // period, generator=rng)
+        assert reading(x + 4 * torch.nn.functional.interpolate(cells, size=256)) > 1, period
+    sign = (-1.0) ** (torch.arange(256)[:, None] + torch.arange(256))
+    assert reading(x + 2 * sign) > 1 and reading(x + 2 * sign[:1]) > 1
+    jpeg = [evaluation.reaction("grid", jpeg_readings(evaluation, losses, scenes, q)["grid"]) for q in (10, 20, 40, 90)]
+    assert jpeg == sorted(jpeg, reverse=True) and jpeg[0] > 2 > 0.5 > jpeg[-1]
+    assert reading(x + 0.4 * torch.sign(torch.randn(x.shape, generator=rng))) == 0
+    for healthy in (x + 8 * torch.randn(x.shape, generator=rng), x.roll(1, -1), losses.to_uint8(losses.blur(scenes, 0.3)).float(),
+                    losses.to_uint8(evaluation.bicubic(8, scenes)).float()):
+        assert reading(healthy) < 0.5
+
+
+def test_peak_memory_begins_anew(evaluation):
+    """Each row has the peak of its own model, not of the largest before it."""
+    device = torch.device("cpu")
+    if evaluation.peak_gib(device) is None:
+        pytest.skip("this system does not tell")
+    evaluation.reset_peak(device)
+    large = torch.ones(2 ** 27)                                                             # half a GiB
+    high = evaluation.peak_gib(device)
+    del large
+    evaluation.reset_peak(device)
+    assert high - evaluation.peak_gib(device) > 0.4
 
 
 def test_meters_mean_over_pictures(evaluation, losses, scenes):
     """Readings come from means of each picture's numbers: one at a time or together is the same."""
     x = losses.to_uint8(scenes[:4]).float()
     y = losses.to_uint8(losses.blur(losses.grid(scenes[:4], 0.3), 0.2)).float()
-    for meter, *_ in evaluation.METERS.values():
-        torch.testing.assert_close(meter(x, y), torch.cat([meter(x[i:i + 1], y[i:i + 1]) for i in range(4)]), atol=1e-3, rtol=1e-3)
+    for meter in evaluation.METERS.values():
+        torch.testing.assert_close(meter.numbers(x, y), torch.cat([meter.numbers(x[i:i + 1], y[i:i + 1]) for i in range(4)]), atol=1e-3, rtol=1e-3)
 
 
 def test_corner_splits_edges_and_corners(evaluation):
@@ -124,16 +169,16 @@ def test_rows(evaluation, model, losses, data, run):
     rows = evaluation.main(settings(evaluation, run, vae=(*files, "bicubic:8", "jpeg:90"), latents=2))
     assert [r["name"] for r in rows] == ["vae", "flux", "sd3", "kl-f8", "sd1", "sdxl", "movqgan", "kandinsky3", "bicubic:8", "jpeg:90"]
     folder = run / "data" / "val"
-    crops = [data.centre_crop(data.resize_shorter(data.read_picture(folder, n), 64), 64)[None].float() / 127.5 - 1 for n in data.picture_names(folder, 32)]
+    crops = [data.center_crop(data.resize_shorter(data.read_picture(folder, n), 64), 64)[None].float() / 127.5 - 1 for n in data.picture_names(folder, 32)]
     with torch.no_grad():
-        expected = torch.cat([losses.psnr(x, vae.decode(vae.encode(x).mean)) for x in crops]).mean().item()
+        expected = torch.cat([losses.psnr(x, vae.decode(vae.encode(x).mu)) for x in crops]).mean().item()
     assert rows[0]["psnr"] == pytest.approx(expected, abs=1e-5) and rows[0]["pictures"] == len(crops)
     assert rows[-1]["psnr"] > rows[-2]["psnr"] > rows[0]["psnr"]                             # jpeg:90, bicubic:8, an untrained network
     file = json.loads((run / "eval.json").read_text())
     assert set(file) == {"protocol", "rows"} and {"name", "psnr", "ssim", "lpips", *evaluation.METERS} <= set(file["rows"][0])
     assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
     text = (run / "eval.md").read_text()
-    assert "not LPIPS" in text and "posterior mean" in text and "centre crop of 64" in text
+    assert "not LPIPS" in text and "posterior mean" in text and "center crop of 64" in text
     assert all((run / f"{n}.png").stat().st_size > 3000 for n in ("eval", "latents"))
 
 
@@ -187,7 +232,8 @@ def test_activation_norms_see_a_droplet(evaluation, model):
 def test_sentences(evaluation, model, run, tmp_path_factory, capsys):
     own_file(model, run / "vae.pt")
     assert "--size 36" in refused(lambda: evaluation.main(settings(evaluation, run, size=36)), capsys)
-    assert "at most --resize 64" in refused(lambda: evaluation.main(settings(evaluation, run, size=96, resize=64)), capsys)
+    sentence = refused(lambda: evaluation.main(settings(evaluation, run, size=96, resize=64)), capsys)
+    assert "at most --resize 64" in sentence and "add --resize 96" in sentence
     assert "multiple of 8" in refused(lambda: evaluation.main(settings(evaluation, run, size=68, resize=0)), capsys)
     assert "positive number" in refused(lambda: evaluation.main(settings(evaluation, run, vae=("jpeg:x",))), capsys)
     assert "run 04_train_vae.py first" in refused(lambda: evaluation.main(settings(evaluation, run, vae=(str(run / "none.pt"),))), capsys)

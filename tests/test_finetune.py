@@ -27,10 +27,10 @@ def trained(train, run):
     return run
 
 
-def test_encoder_is_bit_equal(finetune, model, trained):
+def test_encoder_is_bit_equal(finetune, model, data, trained):
     finetune.main(settings(finetune, trained))
     before, after = checkpoint(trained), read(trained / "vae_finetuned.pt")
-    assert after["stage"] == "05_finetune_decoder" and after["parent"] == model.parent(trained / "vae.pt")
+    assert after["stage"] == "05_finetune_decoder" and after["parent"] == data.parent(trained / "vae.pt")
     for part in ("model", "ema"):
         for name, w in after[part].items():
             assert torch.equal(w, before["ema"][name]) == name.startswith("encoder."), (part, name)
@@ -40,7 +40,7 @@ def test_encoder_is_bit_equal(finetune, model, trained):
     # The latents are the same numbers whichever checkpoint made them, and either decodes the other's.
     a, b = model.load_vae(trained / "vae.pt"), model.load_vae(trained / "vae_finetuned.pt")
     x = torch.rand(1, 3, 32, 32) * 2 - 1
-    assert torch.equal(a.encode(x).mean, b.encode(x).mean) and not torch.equal(a.decode(a.encode(x).mean), b.decode(a.encode(x).mean))
+    assert torch.equal(a.encode(x).mu, b.encode(x).mu) and not torch.equal(a.decode(a.encode(x).mu), b.decode(a.encode(x).mu))
 
 
 def test_resume_is_exact(finetune, trained):
@@ -57,7 +57,7 @@ def test_peer(finetune, model, data, run):
     torch.manual_seed(0)
     peer = model.build(model.Architecture(width=32, width_mult=(1, 1, 1, 1), res_blocks=1, attention_levels=(), padding="zeros", decoder_norm="group"))
     torch.save(peer.state_dict(), run / "flux_ae.pt")
-    finetune.main(settings(finetune, run, vae=str(run / "flux_ae.pt"), steps=2))
+    finetune.main(settings(finetune, run, vae=str(run / "flux_ae.pt"), peer="flux", steps=2))
     after = read(run / "vae_finetuned.pt")
     assert after["architecture"]["padding"] == "zeros" and torch.allclose(after["latent_std"], torch.tensor(1 / 0.3611))
     assert all(torch.equal(w, peer.state_dict()[k]) == k.startswith("encoder.") for k, w in after["ema"].items())

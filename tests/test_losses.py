@@ -73,32 +73,39 @@ def test_discriminator(losses):
     assert rows.max() - rows.min() + 1 == 34
 
 
-def test_total_is_the_weighted_sum(model, losses, perceptual):
-    torch.manual_seed(0)
-    x, x_hat, mean, logvar, fake = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.randn(2, 1, 6, 6)
+def test_total_is_the_weighted_sum(losses):
     s = losses.Losses()
     assert (s.lambda_kl, s.lambda_recon, s.lambda_adv, s.lambda_perc) == (1e-4, 1.0, 0.01, 0.1)   # Table 3
-    total, terms = losses.total_loss(x, x_hat, mean, logvar, fake, perceptual, s)
-    expected = 1e-4 * losses.kl_loss(mean, logvar) + losses.recon_loss(x, x_hat) - 0.01 * fake.mean() + 0.1 * perceptual(x, x_hat)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-6) and set(terms) == {"kl", "recon", "adv", "perc"}
+    assert losses.total_loss(2.0, 3.0, 5.0, 7.0, s) == pytest.approx(2e-4 + 3.0 + 0.05 + 0.7, rel=1e-9)
 
 
-@pytest.mark.parametrize("term", ["kl", "recon", "adv", "perc"])
-def test_gradient_reach(model, losses, perceptual, term):
-    """Each term alone reaches every weight it should: the KL all of the encoder and none of the decoder, the others all of both."""
+@pytest.mark.parametrize("term", ["kl", "recon", "adv", "perc", "disc"])
+def test_gradient_reach(model, losses, train, perceptual, term):
+    """Each term of 04's step alone reaches every weight it should, and no other: the KL all of the encoder and none of the
+    decoder, the others all of both, the discriminator's loss all of the discriminator and nothing else."""
     vae, disc = networks(model, losses)
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    x_hat, mean, logvar = vae(x)
-    disc.requires_grad_(False)
-    _, terms = losses.total_loss(x, x_hat, mean, logvar, disc(x_hat), perceptual, losses.Losses())
-    terms[term].backward()
+    weights = {f"lambda_{name}": float(name == term) for name in ("kl", "recon", "adv", "perc")}
+    s = train.Settings(**weights)
+    noise = torch.randn(2, 16, 8, 8)
+    terms = train.add_gradients(x, noise, vae, disc, perceptual, list(vae.parameters()), list(disc.parameters()), s)
     reached = {name for name, p in vae.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     encoder = {name for name, _ in vae.named_parameters() if name.startswith("encoder")}
     # A key's bias shifts all scores of a query alike, and softmax does not see it.
     blind = {name for name, _ in vae.named_parameters() if name.endswith("attn_1.k.bias")}
     expected = encoder if term == "kl" else {name for name, _ in vae.named_parameters()}
+    if term == "disc":
+        expected, blind = set(), set()
     assert reached | blind >= expected and reached <= expected
-    assert all(p.grad is None for p in [*disc.parameters(), *perceptual.parameters()])
+    assert set(terms) == {"total", "kl", "recon", "adv", "perc", "disc", "d_real", "d_fake"}
+    if term != "disc":
+        assert terms["total"].item() == pytest.approx(terms[term].item(), rel=1e-6)
+    # The discriminator's gradient is that of its own loss alone, whatever the VAE's loss is.
+    gradients = [p.grad.clone() for p in disc.parameters()]
+    disc.zero_grad()
+    losses.discriminator_loss(disc(x), disc(vae(x, noise)[0].detach())).backward()
+    assert all(torch.allclose(g, p.grad, atol=1e-7) for g, p in zip(gradients, disc.parameters())) and any(g.abs().max() > 0 for g in gradients)
+    assert all(p.grad is None for p in perceptual.parameters())
 
 
 def test_lpips_equals_the_package(losses):

@@ -80,7 +80,7 @@ def whole(train, prepared, tmp_path_factory):
 def test_checkpoint_and_log(train, model, data, whole):
     file = checkpoint(whole)
     assert file["stage"] == "04_train_vae" and file["step"] == 8 and file["settings"]["batch"] == 4
-    assert file["parent"] == model.parent(whole / "data" / "train" / "metadata.jsonl")
+    assert file["parent"] == data.parent(whole / "data" / "train" / "index.json")
     assert file["latent_mean"].shape == file["latent_std"].shape == (16,) and (file["latent_std"] > 0).all()
     vae = model.load_vae(whole / "vae.pt")
     assert all(torch.equal(vae.state_dict()[k], v) for k, v in file["ema"].items())
@@ -97,7 +97,7 @@ def test_checkpoint_and_log(train, model, data, whole):
 def test_latent_statistics(train, model, data, whole):
     """Mean and deviation of z itself: drawing from the posteriors many times gives the same."""
     vae, s = model.load_vae(whole / "vae.pt"), settings(train, whole)
-    crops = data.Crops(whole / "data" / "train", 32, 0)
+    crops = data.Crops(whole / "data" / "train", 32, "04_train_vae", 0)
     x = torch.stack([crops[i] for i in range(8)]).float() / 127.5 - 1
     torch.manual_seed(0)
     with torch.no_grad():
@@ -176,6 +176,49 @@ def test_two_processes_are_one(run, whole):
     assert done.returncode == 0, done.stderr[-3000:]
     close(checkpoint(run), checkpoint(whole), 2e-3)
     follows(run, whole)
+
+
+def test_three_processes_resume_exactly(run, whole):
+    """8 steps against 5 and 3, with three processes: equal bit for bit (DistributedDataParallel was not). Every process has its own pictures."""
+    flags = [*FLAGS, "--batch", "6", "--save-every", "5"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--", "04_train_vae.py", "--run"]
+    folders = [run, run / "in two parts"]
+    folders[1].mkdir()
+    (folders[1] / "data").symlink_to(run / "data")
+    for folder, steps in ((folders[0], "8"), (folders[1], "5"), (folders[1], "8")):
+        done = subprocess.run([*start, str(folder), *flags, "--steps", steps], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    same(checkpoint(folders[0]), checkpoint(folders[1]))
+    assert log(folders[0]) == log(folders[1])
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_loader_workers_by_other_start_methods(run, method):
+    """04, 05 and 07 with two workers each: all that a worker needs can be pickled. (Linux's default is forkserver from Python 3.14 on.)"""
+    code = """
+import importlib, multiprocessing, sys
+multiprocessing.set_start_method(sys.argv[1])
+multiprocessing.set_forkserver_preload(["torch", "torchvision"])
+data = importlib.import_module("01_data")
+common = dict(run=sys.argv[2], workers=2, steps=1)
+small = dict(crop=32, disc_width=8, latent_pictures=4, val_pictures=4, batch=4)
+for name, more in (("04_train_vae", small | dict(width=8, groups=4)), ("05_finetune_decoder", small),
+                   ("07_train_dit", dict(size=48, batch=4, width=48, ff_width=48, head_axes=(4, 10, 10), blocks=1, val_prompts=2, sample_steps=1))):
+    stage = importlib.import_module(name)
+    stage.main(stage.Settings(**(stage.PRESETS["demo"] | common | more)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, method, str(run)], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((run / name).is_file() for name in ("vae.pt", "vae_finetuned.pt", "dit.pt"))
+
+
+def test_average_by_value(train, model, run):
+    """After the first step the average has moved by 1 - 2 / 11 from the start, whatever ema_decay is."""
+    train.main(settings(train, run, steps=1))
+    torch.manual_seed(0)
+    start, file = model.build(settings(train, run)).state_dict(), checkpoint(run)
+    for name, w in file["model"].items():
+        torch.testing.assert_close(file["ema"][name], torch.lerp(start[name], w, 9 / 11), atol=1e-7, rtol=1e-5)
 
 
 def test_isolation(train, model, losses, run):
