@@ -509,12 +509,22 @@ def own_files(s, folder):
             yield path, number * PER_FILE, some
 
 
-@torch.no_grad()
 def cache(s, vae, vae_parent, device):
     """Encode pictures and prompts into RUN/latents, or go on where that stopped; the folder."""
     folder = Path(s.run, "latents")
-    check_cache(s, vae, vae_parent, folder)
-    encode = None                                                 # loaded only if it is needed
+    made_from = check_cache(s, vae, vae_parent, folder)
+    if next(own_files(s, folder), None):
+        encode = text_encoder(s, device)                          # which may not be there
+        if data.processes()[0] == 0:
+            data.write_text(folder / "made_from.json", json.dumps(made_from, indent=1))
+        make_files(s, vae, encode, folder, device)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+@torch.no_grad()
+def make_files(s, vae, encode, folder, device):
     mean = vae.latent_mean[:, None, None]
     std = vae.latent_std[:, None, None]
     batches = ([name for name, _ in lines[i:i + 16]]
@@ -523,7 +533,6 @@ def cache(s, vae, vae_parent, device):
                              num_workers=data.loader_workers(s, device)))
     bar = tqdm(unit="picture", desc="latents", disable=data.processes()[0] > 0, **data.BAR)
     for path, first, lines in own_files(s, folder):
-        encode = encode or text_encoder(s, device)
         latents = []
         for i in range(first, first + len(lines), 16):
             x = losses.from_uint8(next(loader).to(device))        # (b, 3, size, size)
@@ -543,9 +552,6 @@ def cache(s, vae, vae_parent, device):
                              tokens=torch.cat([tokens for tokens, _ in pairs]),
                              pooled=torch.stack([pooled for _, pooled in pairs]))
     bar.close()
-    if dist.is_initialized():
-        dist.barrier()
-    return folder
 
 
 def check_cache(s, vae, vae_parent, folder):
@@ -565,8 +571,7 @@ def check_cache(s, vae, vae_parent, folder):
             if kept[name] != made_from[name]:
                 data.stop(f"{folder} was made from {other}: take another --run, or remove it")
         data.check_settings(kept, made_from, set(), folder)
-    elif data.processes()[0] == 0:
-        data.write_text(path, json.dumps(made_from, indent=1))
+    return made_from
 
 
 @functools.lru_cache(maxsize=1024)

@@ -635,7 +635,7 @@ def test_sentences(dit, model, run, tmp_path_factory, capsys, data):
     pictures = bare / "pictures"
     pictures.mkdir()
     for i in range(4):
-        data.F.to_pil_image(torch.full((3, 60, 80), 40 * i, dtype=torch.uint8)).save(pictures / f"{i}.png")
+        data.TF.to_pil_image(torch.full((3, 60, 80), 40 * i, dtype=torch.uint8)).save(pictures / f"{i}.png")
     data.main(data.Settings(run=str(bare), images=str(pictures), min_side=48, resize=48, val_share=0.5, workers=0))
     small_vae(model, bare / "vae.pt")
     assert "has a caption" in refused(lambda: dit.main(settings(dit, bare)), capsys)
@@ -652,7 +652,7 @@ def test_pictures_with_captions_of_their_own(dit, model, data, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(12):
-        data.F.to_pil_image(torch.full((3, 60, 80), 20 * i, dtype=torch.uint8)).save(pictures / f"{i}.png")
+        data.TF.to_pil_image(torch.full((3, 60, 80), 20 * i, dtype=torch.uint8)).save(pictures / f"{i}.png")
         if i % 3:
             (pictures / f"{i}.txt").write_text(f"grey level {20 * i}")
     data.main(data.Settings(run=str(tmp_path), images=str(pictures), min_side=48, resize=48, val_share=0.4, workers=0))
