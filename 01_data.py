@@ -3,13 +3,13 @@
 Reads   --images DIR: a folder tree, an img2dataset folder or its .tar shards;
         or --images synthetic (the default): scenes drawn here, each with an exact caption.
 Writes  RUN/data/train and RUN/data/val (lossless WebP, metadata.jsonl, names.npy, index.json),
-        RUN/data/rejected.jsonl; with --compare instead RUN/compare.png and a table.
+        RUN/data/rejected.jsonl.
 Paper   Sec. 5.1 (data selection, resize, then crop).
 
     python 01_data.py --preset small --images ~/Pictures --run runs/mine
 
-Run it again and it does only what is missing. At the end of this file stands what all stages
-share and no reader of the method needs: the command line, checkpoints, devices, logs.
+Run it again and it does only what is missing. The last third of this file is the shelf of all
+stages, which no reader of the method needs: command line, checkpoints, devices, logs.
 """
 import argparse
 import collections
@@ -24,7 +24,6 @@ import io
 import itertools
 import json
 import math
-import mmap
 import os
 import random
 import re
@@ -50,7 +49,7 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Run:
@@ -64,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainingRun(Run):
-    """The same for the stages that train: 04, 05 and 07."""
+    """The same for the stages that train."""
     compile: bool = False     # torch.compile the network
     log_every: int = 100      # steps between two lines of the log
     val_every: int = 2_000    # steps between two looks at what validation pictures become
@@ -79,19 +78,17 @@ class Settings(Run):
     min_score: float = 4.5     # Sec. 5.1: keep aesthetic scores above this
     resize: int = 480          # Sec. 5.1: shorter side after the bicubic resize
     interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
-    crop: int = 240            # Sec. 5.1: cropped while training (04); here only --compare crops
     # a small folder gives five pictures all the same
     val_share: float = 0.01    # not in the paper: 1% is enough to validate on and costs little
     count: int = 10_000        # not in the paper: scenes to draw when --images is "synthetic"
     max_pixels: int = 10**8    # not in the paper: a decompression bomb must not end the run
-    compare: bool = False      # only show what Sec. 5.1 claims of crop and resize, on 16 pictures
 
 
 PRESETS = {
     "paper": {},
     "small": dict(count=20_000),
     # The paper's 480 to 240 at about a quarter: a crop still shows half of the shorter side.
-    "demo": dict(count=600, resize=128, crop=64, val_share=0.1),
+    "demo": dict(count=600, resize=128, val_share=0.1),
 }
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 # The first of these keys that holds a number counts. A bare "score" may be a similarity of
@@ -100,10 +97,10 @@ SCORES = ("aesthetic_score", "aesthetic", "aesthetics", "aesthetics_score",
           "aesthetic_score_laion_v2")
 
 
-# ---------------------------------------------------------------- resize, then crop (Sec. 5.1)
+# ---------------- resize, then crop (Sec. 5.1)
 
 def resize_shorter(x, side, how=InterpolationMode.BICUBIC):
-    """Resize a uint8 picture (3, h, w) to a shorter side of `side`; antialiased unless nearest."""
+    """A uint8 picture (3, h, w) with a shorter side of `side`; antialiased unless nearest."""
     h, w = x.shape[-2:]
     size = [round(h * side / min(h, w)), round(w * side / min(h, w))]
     return TF.resize(x, size, interpolation=how, antialias=how != InterpolationMode.NEAREST)
@@ -112,8 +109,8 @@ def resize_shorter(x, side, how=InterpolationMode.BICUBIC):
 class Crops(Dataset):
     """Random crops of RUN/data/train, uint8 (3, crop, crop), mirrored half of the time.
 
-    Item n is a function of (stage, seed, n) alone: which picture, where the crop lies, whether it
-    is mirrored. So no step depends on workers, processes, or where a run was interrupted.
+    Crop n is a function of (stage, seed, n) alone, so no step depends on workers, processes, or
+    where a run was interrupted.
     """
     def __init__(self, folder, crop, stage, seed):
         self.folder = Path(folder)
@@ -124,11 +121,10 @@ class Crops(Dataset):
     def __getitem__(self, n):
         rng = random.Random(f"{self.key}/{n}")
         # not in the paper: drawn with replacement, so that any step can be made again
-        name = rng.choice(read_names(self.folder))
-        x = read_picture(self.folder, name)                                # (3, h, w)
+        x = read_picture(self.folder, rng.choice(read_names(self.folder)))  # (3, h, w)
         top = rng.randint(0, x.shape[1] - self.crop)
         left = rng.randint(0, x.shape[2] - self.crop)
-        x = x[:, top:top + self.crop, left:left + self.crop]               # (3, crop, crop)
+        x = x[:, top:top + self.crop, left:left + self.crop]  # (3, crop, crop)
         # not in the paper: where the crop lies, and mirroring; both are random
         mirrored = rng.random() < 0.5
         return x.flip(-1) if mirrored else x.contiguous()
@@ -148,16 +144,15 @@ def read_picture(folder, name):
 
 @functools.lru_cache
 def read_names(folder):
-    """RUN/data/train/names.npy, memory-mapped: all processes share what is in memory of it."""
+    """names.npy of RUN/data/train or val, memory-mapped: processes share what is read of it."""
     return np.load(Path(folder, "names.npy"), mmap_mode="r")
 
 
 def picture_names(folder, crop):
     """File names (bytes) in RUN/data/train or val; stops where they are missing or too small."""
-    made_by = Path(folder).parent / "settings.json"
     if not Path(folder, "index.json").is_file():
         stop(f"{folder} is not finished: run 01_data.py first")
-    resize = json.loads(made_by.read_text())["resize"]
+    resize = json.loads(Path(folder).with_name("settings.json").read_text())["resize"]
     if resize < crop:
         stop(f"a side of {crop} is larger than the pictures in {folder}, whose shorter side is "
              f"{resize}: run 01_data.py with a larger --resize first")
@@ -172,34 +167,35 @@ def val_crops(run, crop, count):
     return torch.stack([center_crop(read_picture(folder, name), crop) for name in names])
 
 
-# ---------------------------------------------------------------- one picture in, one picture out
+# ---------------- one picture in, one picture out
 
-def prepare(name, parts, settings):
+def prepare(name, parts, s):
     """Filter, resize and store one picture.
 
-    name: str. parts: {"picture", ".txt", ".json"} to functions that read them, or the Exception
-    that reading a shard raised. Returns a line for metadata.jsonl with the key "split", or a line
-    for rejected.jsonl with the key "reason".
+    parts: {"picture", ".txt", ".json"} to functions that read them, or the Exception that reading
+    a shard raised. Returns a line for metadata.jsonl with the key "split", or one for
+    rejected.jsonl with the key "reason".
     """
     record = {"source": printable(name)}
     try:
         if isinstance(parts, Exception):
             raise parts
         caption, score = describe(parts)
-        if score is not None and score <= settings.min_score:
-            raise ValueError(f"aesthetic score {score:g} is not above {settings.min_score:g}")
-        x, size = to_rgb(parts["picture"], settings.min_side, settings.max_pixels)
-        x = resize_shorter(x, settings.resize, InterpolationMode(settings.interpolation))
+        if score is not None and score <= s.min_score:
+            raise ValueError(f"aesthetic score {score:g} is not above {s.min_score:g}")
+        x, size = to_rgb(parts["picture"], s.min_side, s.max_pixels)
+        x = resize_shorter(x, s.resize, InterpolationMode(s.interpolation))
         # The split looks at the bare name alone: it never changes as a folder grows or moves.
-        split = "val" if name_number(name) < settings.val_share else "train"
+        split = "val" if name_number(name) < s.val_share else "train"
         file_name = stored_name(name)
+        # Written in half the time of a PNG, and smaller.
         store = functools.partial(TF.to_pil_image(x).save, format="WEBP", lossless=True, quality=0,
-                                  method=0)             # half of PNG's time to write, and smaller
-        write_aside(Path(settings.run, "data", split, file_name), store)
+                                  method=0)
+        write_aside(Path(s.run, "data", split, file_name), store)
         record |= dict(split=split, file_name=file_name, text=caption, score=score,
                        original_width=size[0], original_height=size[1])
-    except Exception as error:                          # one bad file of a million stops nothing
-        text = re.sub(r" <_io.*>", "", str(error))      # addresses in memory help nobody
+    except Exception as error:  # one bad file of a million stops nothing
+        text = re.sub(r" <_io.*>", "", str(error))  # addresses in memory help nobody
         known = type(error) is ValueError
         record["reason"] = text if known else f"{type(error).__name__}: {text}"
     return record
@@ -227,17 +223,17 @@ def stored_name(name):
 
 
 def to_rgb(read, min_side, max_pixels):
-    """Decode to uint8 sRGB (3, h, w), upright, transparency over white; also the original size.
+    """uint8 sRGB (3, h, w), upright, transparency over white; also the original (width, height).
 
     read: a function that gives the file's bytes, or a PIL picture. Raises ValueError or Pillow's
     errors on what is broken, too small or enormous.
     """
-    Image.MAX_IMAGE_PIXELS = None                       # Pillow's own guard; --max-pixels is ours
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard; --max-pixels is ours
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         im = read()
         if isinstance(im, bytes):
-            im = Image.open(io.BytesIO(im))             # reads the header only
+            im = Image.open(io.BytesIO(im))  # reads the header only
         w, h = im.size
         if w * h > max_pixels:
             raise ValueError(f"{w}x{h} is more than {max_pixels} pixels")
@@ -266,7 +262,7 @@ def to_srgb(im, profile):
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.profileToProfile(im, own, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImageCms.PyCMSError, OSError):              # a broken profile, or one of another mode
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one of another mode
         return im
 
 
@@ -282,17 +278,15 @@ def eight_bits(im):
 
 def describe(parts):
     """Caption and aesthetic score, or None, from img2dataset's .txt and .json beside a picture."""
-    caption = ""
     meta = {}
-    if ".txt" in parts:
-        caption = parts[".txt"]().decode("utf-8-sig", "replace").strip()
-    if ".json" in parts:
-        with contextlib.suppress(ValueError):
-            meta = json.loads(parts[".json"]())
+    with contextlib.suppress(KeyError, ValueError):
+        meta = json.loads(parts[".json"]())
     if not isinstance(meta, dict):
         meta = {}
-    meta = {str(key).lower(): value for key, value in meta.items()}
-    caption = caption or str(meta.get("caption") or meta.get("text") or "")
+    meta = {key.lower(): value for key, value in meta.items()}
+    caption = str(meta.get("caption") or meta.get("text") or "")
+    if ".txt" in parts:
+        caption = parts[".txt"]().decode("utf-8-sig", "replace").strip() or caption
     for key in SCORES:
         with contextlib.suppress(TypeError, ValueError):
             score = float(meta.get(key, math.nan))
@@ -301,22 +295,22 @@ def describe(parts):
     return caption, None
 
 
-# ---------------------------------------------------------------- where pictures come from
+# ---------------- where pictures come from
 # A unit is what one worker takes as a whole: a scene's number, a picture's path, a shard's path.
 
 class Source(IterableDataset):
     """The records of all units, prepared; DataLoader workers share the units out."""
-    def __init__(self, units, settings, done):
+    def __init__(self, units, s, done):
         self.units = units
-        self.settings = settings
+        self.s = s
         self.done = done
 
     def __iter__(self):
         worker = get_worker_info()
         units = self.units[worker.id::worker.num_workers] if worker else self.units
-        for name, parts in pictures(units, self.settings.images, self.settings.seed):
+        for name, parts in pictures(units, self.s.images, self.s.seed):
             if printable(name) not in self.done:
-                yield prepare(name, parts, self.settings)
+                yield prepare(name, parts, self.s)
 
 
 def find_units(images, own=None):
@@ -327,10 +321,9 @@ def find_units(images, own=None):
     units = []
     for folder, _, names in os.walk(root):
         # A run folder may lie among the pictures: what it wrote is not read again.
-        if own and Path(folder).resolve().is_relative_to(own.resolve()):
-            continue
-        wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
-        units += [os.path.join(folder, name) for name in wanted]
+        if not (own and Path(folder).resolve().is_relative_to(own.resolve())):
+            wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
+            units += [os.path.join(folder, name) for name in wanted]
     if not units:
         stop(f"--images {images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards")
     return units
@@ -346,20 +339,17 @@ def pictures(units, images, seed=0):
         name = os.path.relpath(unit, Path(images).expanduser())
         path = Path(unit)
         if not path.is_file():
-            yield name, ValueError("not a regular file")   # a pipe named .jpg would never end
+            yield name, ValueError("not a regular file")  # a pipe named .jpg would never end
         elif suffix(unit) == ".tar":
             yield from shard(name, path)
         else:
-            parts = {"picture": path.read_bytes}
-            for end in (".txt", ".json"):
-                if path.with_suffix(end).is_file():
-                    parts[end] = path.with_suffix(end).read_bytes
-            yield name, parts
+            beside = [path.with_suffix(end) for end in (".txt", ".json")]
+            parts = {file.suffix: file.read_bytes for file in beside if file.is_file()}
+            yield name, parts | {"picture": path.read_bytes}
 
 
 def shard(name, path):
-    """(name, parts) of each picture in a .tar: neighbors that differ in their suffix belong
-    together."""
+    """(name, parts) of each picture in a .tar, where files of one stem follow each other."""
     try:
         with tarfile.open(path) as tar:
             files = (member for member in tar if member.isfile())
@@ -385,22 +375,20 @@ def scene_name(unit):
     return f"scene-{unit:06d}"
 
 
-# ---------------------------------------------------------------- main
+# ---------------- main
 
-def main(settings):
-    if settings.dry_run:
-        return print_settings(settings)
-    if not 0 < settings.resize <= settings.min_side:
-        stop(f"--resize {settings.resize} must lie between 1 and --min-side {settings.min_side}: "
-             "enlarged pictures lack the detail that Sec. 5.1 asks for")
-    root = Path(settings.run, "data")
+def main(s):
+    if s.dry_run:
+        return print_settings(s)
+    if not 0 < s.resize <= s.min_side:
+        stop(f"--resize {s.resize} must lie between 1 and --min-side {s.min_side}: enlarged "
+             "pictures lack the detail that Sec. 5.1 asks for")
+    root = Path(s.run, "data")
     began = time.time()
-    units = list(range(settings.count))
-    if settings.images != "synthetic":
-        units = find_units(settings.images, own=root)
-    if settings.compare:
-        return compare(settings, units)
-    settings = replace(settings, val_share=fix_settings(root, units, settings))
+    units = list(range(s.count))
+    if s.images != "synthetic":
+        units = find_units(s.images, own=root)
+    s = replace(s, val_share=fix_settings(root, units, s))
 
     files = {split: root / split / "metadata.jsonl" for split in ("train", "val")}
     files["rejected"] = root / "rejected.jsonl"
@@ -409,10 +397,10 @@ def main(settings):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         done |= {line["source"] for line in read_jsonl(path, mend=True)}
-    for stale in root.rglob(".*.tmp"):                    # from a run that was killed
+    for stale in root.rglob(".*.tmp"):  # from a run that was killed
         stale.unlink()
-    workers = os.cpu_count() if settings.workers < 0 else settings.workers
-    loader = DataLoader(Source(units, settings, done), batch_size=None, num_workers=workers,
+    workers = os.cpu_count() if s.workers < 0 else s.workers
+    loader = DataLoader(Source(units, s, done), batch_size=None, num_workers=workers,
                         prefetch_factor=16 if workers else None)
     shards = any(str(unit).endswith(".tar") for unit in units)
     total = None if shards else max(0, len(units) - len(done))
@@ -420,18 +408,14 @@ def main(settings):
     reasons = collections.Counter()
     for record in tqdm(loader, total=total, unit="picture", desc="01_data", **BAR):
         key = record.pop("split", "rejected")
-        with open(files[key], "a", encoding="utf-8") as f:   # a crash costs one line at most
+        with open(files[key], "a", encoding="utf-8") as f:  # a crash costs one line at most
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
         counts[key] += 1
         if key == "rejected":
             reasons[re.sub(r"\d+(x\d+|\.\d+)?", "N", record["reason"])[:70]] += 1
 
-    there = {}
-    for split in ("train", "val"):
-        write_index(root / split)
-        there[split] = json.loads((root / split / "index.json").read_text())["pictures"]
-    seconds = round(time.time() - began, 2)
-    log(settings.run, stage="01_data", **counts, seconds=seconds, pictures=there)
+    there = {split: write_index(root / split) for split in ("train", "val")}
+    log(s.run, stage="01_data", **counts, seconds=round(time.time() - began, 2), pictures=there)
     print(f"{root}: {there['train']} training and {there['val']} validation pictures "
           f"({len(done)} done before, {counts['rejected']} rejected now)")
     for reason, number in reasons.most_common(10):
@@ -444,33 +428,33 @@ def main(settings):
     return there
 
 
-def fix_settings(root, units, settings):
+def fix_settings(root, units, s):
     """Keep the settings in RUN/data/settings.json, refuse others later; the share to validate on.
 
-    Of a small folder val_share may be no picture at all. Then the share is raised, once, until
-    five names (at most a quarter of them) lie below it; the split still follows from names alone.
+    In a small folder val_share may be no picture at all. Then it is raised, once, so that five
+    pictures (at most a quarter) validate; the split still follows from names alone.
     """
     kept = root / "settings.json"
-    share = settings.val_share
+    share = s.val_share
     if kept.exists():
         stored = json.loads(kept.read_text())
-        free = {"run", "device", "workers", "count", "compare", "dry_run", "crop"}
-        check_settings(stored, asdict(settings), free, root)
+        check_settings(stored, asdict(s), {"run", "device", "workers", "count", "dry_run"}, root)
         share = stored["share"]
     elif not any(str(unit).endswith(".tar") for unit in units):
         names = (scene_name(unit) if isinstance(unit, int) else unit for unit in units)
         handful = min(5, len(units) // 4)
         smallest = heapq.nsmallest(handful + 1, map(name_number, names))
         share = max(share, smallest[handful]) if handful else share
-    write_text(kept, json.dumps(asdict(settings) | {"share": share}, indent=2))
+    write_text(kept, json.dumps(asdict(s) | {"share": share}, indent=2))
     return share
 
 
 def write_index(folder):
-    """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash.
+    """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash; the
+    number of pictures.
 
-    So what follows does not depend on the order in which workers finished, nobody parses 100
-    million lines to know the names, and a changed data set has another index.json.
+    So nothing depends on the order in which workers finished, nobody parses 100 million lines to
+    know the names, and a changed data set has another index.json.
     """
     path = folder / "metadata.jsonl"
     kind = [("name", "S64"), ("start", np.int64), ("end", np.int64)]
@@ -478,18 +462,19 @@ def write_index(folder):
     table = table[np.argsort(table["name"], kind="stable")]
     digest = hashlib.sha256()
 
-    def write_lines(f):
-        if not len(table):
-            return
-        with open(path, "rb") as old, mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    def write_sorted(f):
+        with open(path, "rb") as lines:
             for _, start, end in table:
-                digest.update(text[start:end])
-                f.write(text[start:end])
+                lines.seek(start)
+                line = lines.read(end - start)
+                digest.update(line)
+                f.write(line)
 
-    write_aside(path, write_lines)
+    write_aside(path, write_sorted)
     write_aside(folder / "names.npy", lambda f: np.save(f, table["name"]))
-    index = json.dumps({"pictures": len(table), "sha256": digest.hexdigest()})
-    write_text(folder / "index.json", index)
+    index = {"pictures": len(table), "sha256": digest.hexdigest()}
+    write_text(folder / "index.json", json.dumps(index))
+    return len(table)
 
 
 def line_positions(path):
@@ -501,62 +486,7 @@ def line_positions(path):
             start += len(line)
 
 
-# ---------------------------------------------------------------- --compare: Sec. 5.1 in figures
-
-def compare(settings, units):
-    """Print and draw three ways to a crop: {way: (energy, energy over bicubic's, aliasing)}.
-
-    An alias is a frequency that the small picture shows and the large one has not. It stays as a
-    difference in what both must share: all below a quarter of the small one's Nyquist frequency.
-    """
-    ways = {"direct crop": None, "nearest, crop": InterpolationMode.NEAREST,
-            "bicubic, crop": InterpolationMode.BICUBIC}
-    coarse_side = settings.resize // 4
-    rows = []
-    tiles = []
-    for _, parts in pictures(units[::max(1, len(units) // 16)], settings.images, settings.seed):
-        try:
-            full, _ = to_rgb(parts["picture"], settings.min_side, settings.max_pixels)
-        except Exception:                        # the real run lists what is broken; passed over
-            continue
-        coarse = resize_shorter(full, coarse_side).float()
-        measured = []
-        for how in ways.values():
-            resized = resize_shorter(full, settings.resize, how) if how else full
-            crop = center_crop(resized, settings.crop)
-            energy = high_frequencies(TF.rgb_to_grayscale(crop)[0].float()).abs().square().sum()
-            alias = resize_shorter(resized, coarse_side).float() - coarse
-            measured.append((energy.item(), alias.square().mean().sqrt().item()))
-            tiles.append(crop)
-        bicubic = measured[-1][0]
-        rows.append([(energy, energy / bicubic, alias) for energy, alias in measured])
-        if len(rows) == 16:
-            break
-    if not rows:
-        stop(f"--images {settings.images}: no picture with a shorter side of {settings.min_side} "
-             "px or more could be read")
-    result = dict(zip(ways, torch.tensor(rows).median(dim=0).values.tolist()))
-    print(f"Sec. 5.1 on {len(rows)} pictures, {settings.crop} px crops, medians")
-    print(f"{'':14}{'energy above Nyquist/2':>24}{'over bicubic':>14}{'aliasing, gray levels':>24}")
-    for way, (energy, ratio, alias) in result.items():
-        print(f"{way:14}{energy:24.2f}{ratio:14.2f}{alias:24.2f}")
-    save_sheet(Path(settings.run, "compare.png"), tiles[:12], 3, titles=list(ways))
-    return result
-
-
-def high_frequencies(x):
-    """What a gray picture (h, w) in 0..255 has above half the Nyquist frequency: complex values
-    of a Hann-windowed spectrum, whose squares add up to a power per pixel."""
-    h, w = x.shape
-    window = (torch.hann_window(h)[:, None] * torch.hann_window(w)).to(x)
-    spectrum = torch.fft.fft2((x - x.mean()) * window) / (h * w * window.square().sum()).sqrt()
-    rows = torch.fft.fftfreq(h)[:, None]
-    columns = torch.fft.fftfreq(w)
-    high = (rows.square() + columns.square()).sqrt() > 0.25
-    return spectrum[high.to(x.device)]
-
-
-# ---------------------------------------------------------------- synthetic scenes: drawn
+# ---------------- synthetic scenes: drawn
 
 COLORS = {"red": (220, 45, 40), "yellow": (240, 205, 50), "green": (50, 165, 70),
           "cyan": (60, 195, 215), "blue": (45, 80, 210), "purple": (150, 60, 190)}
@@ -652,16 +582,16 @@ def draw_outline(rng, shape):
     return outline
 
 
-# ---------------------------------------------------------------- synthetic scenes: read
+# ---------------- synthetic scenes: read
 # A rule without a network: what a picture made from a prompt (07) shows of it.
 
 def read_scene(picture):
     """(color, shape, pattern, ground) that the pixels of a square scene (3, side, side) show."""
     x = picture.float() / 255
     side = x.shape[-1]
-    palette = torch.tensor(list(COLORS.values())) / 255                    # (6, 3)
+    palette = torch.tensor(list(COLORS.values())) / 255  # (6, 3)
     hues = chroma(*palette.T)
-    c = chroma(*x)                                                         # (side, side)
+    c = chroma(*x)  # (side, side)
     nearest = (c[..., None] * (hues / hues.abs()).conj()).real.argmax(-1)  # index into COLORS
     gray = c.abs() < 0.15 * x.amax(0).clamp(min=0.2)                       # the word
     label = torch.where(gray, -1, nearest)
@@ -718,7 +648,7 @@ def read_pattern(brightness, ground):
     return "dotted" if share < 0.33 else "checkered"
 
 
-# ================================================================ the shelf
+# ================ the shelf
 # What all stages share and no reader of the method needs. Skip it on a first reading.
 
 NEAREST = InterpolationMode.NEAREST
@@ -731,24 +661,21 @@ def stop(sentence):
     raise SystemExit(2)
 
 
-# ---------------------------------------------------------------- shelf: the command line
+# ---------------- shelf: the command line
 
 def parse_cli(Settings, presets, doc, argv=None):
     """A Settings from the command line: default < preset < flag.
 
     There is a flag for each field, with the comment behind the field as its help text.
     """
-    types = typing.get_type_hints(Settings)
     notes = {}
     for cls in reversed(Settings.__mro__[:-1]):
-        source = inspect.getsource(cls)
-        notes |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
+        notes |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(presets), default="demo",
                         help="named sets of values [demo]")
-    for field in fields(Settings):
-        kind = types[field.name]
+    for name, kind in typing.get_type_hints(Settings).items():
         options = {"type": kind}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -756,13 +683,12 @@ def parse_cli(Settings, presets, doc, argv=None):
             options = {"type": typing.get_args(kind)[0], "nargs": "*"}
         elif typing.get_origin(kind) is typing.Literal:
             options = {"choices": typing.get_args(kind)}
-        note = f"{notes.get(field.name, '')} [{field.default}]".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), help=note,
+        note = f"{notes.get(name, '')} [{getattr(Settings, name)}]".replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), help=note,
                             default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset")
-    values = {"run": f"runs/{preset}"} | presets[preset] | given
-    return Settings(**with_tuples(values))
+    return Settings(**with_tuples({"run": f"runs/{preset}"} | presets[preset] | given))
 
 
 def with_tuples(values):
@@ -778,19 +704,19 @@ def command_line(main, Settings, presets, doc):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     except RuntimeError:
-        if not SIGNALS:                       # else: the first process has saved and left
+        if not SIGNALS:  # else: the first process has saved and left
             raise
         raise SystemExit(128 + SIGNALS[0]) from None
 
 
-def print_settings(settings, **more):
+def print_settings(s, **counts):
     """What --dry-run prints: the resolved settings, and parameter counts where there is a model."""
-    print(json.dumps(asdict(settings) | more, indent=2))
+    print(json.dumps(asdict(s) | counts, indent=2))
 
 
 def check_settings(stored, now, free, what):
     """Stop where `now` differs from `stored` in what shapes the result; `free` may differ."""
-    now = json.loads(json.dumps(now))         # tuples and lists alike
+    now = json.loads(json.dumps(now))  # tuples become lists
     stored = json.loads(json.dumps(stored))
     for key in sorted(now.keys() - free):
         old = stored.get(key, "unknown")
@@ -799,7 +725,7 @@ def check_settings(stored, now, free, what):
                  "keep the old value, or take another --run")
 
 
-# ---------------------------------------------------------------- shelf: files
+# ---------------- shelf: files
 
 def aside(path):
     return path.with_name(f".{path.name}.tmp")
@@ -821,8 +747,8 @@ def write_text(path, text):
 
 
 def read_jsonl(path, mend=False):
-    """Yield the objects of a .jsonl file. A last line that a crash cut off is passed over, and
-    with `mend` removed."""
+    """Yield the objects of a .jsonl file. A last line that a crash cut off is passed over; `mend`
+    removes it."""
     with open(path, "rb") as f:
         for line in f:
             if not line.endswith(b"\n"):
@@ -832,14 +758,9 @@ def read_jsonl(path, mend=False):
             yield json.loads(line)
 
 
-def save_checkpoint(path, **contents):
-    """Plain dicts, tensors, numbers and strings, written aside and renamed."""
-    write_aside(Path(path), lambda f: torch.save(contents, f))
-
-
 def read_checkpoint(path, stages=(), remedy="run 04_train_vae.py first"):
-    """The dict in a checkpoint, memory-mapped. Stops with a sentence and a remedy if it is missing,
-    damaged, or not from one of `stages`."""
+    """The dict in a checkpoint, memory-mapped. Stops with the remedy where it is missing, damaged,
+    or not from one of `stages`."""
     if not Path(path).is_file():
         stop(f"{path} is missing: {remedy}")
     try:
@@ -847,7 +768,7 @@ def read_checkpoint(path, stages=(), remedy="run 04_train_vae.py first"):
             from safetensors.torch import load_file
             file = load_file(path)
         else:
-            mapped = zipfile.is_zipfile(path)           # PyTorch's older format cannot be
+            mapped = zipfile.is_zipfile(path)  # PyTorch's older format cannot be
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except ImportError:
         stop(f"{path} needs the safetensors package: pip install safetensors")
@@ -857,6 +778,10 @@ def read_checkpoint(path, stages=(), remedy="run 04_train_vae.py first"):
     if not isinstance(file, dict) or (stages and file.get("stage") not in stages):
         stop(f"{path} is not a checkpoint of {' or '.join(stages) or 'an autoencoder'}: {remedy}")
     return file
+
+
+def save_checkpoint(path, **contents):
+    write_aside(Path(path), lambda f: torch.save(contents, f))
 
 
 def parent(path):
@@ -871,7 +796,7 @@ def log(run, **entry):
         f.write(json.dumps(entry) + "\n")
 
 
-# ---------------------------------------------------------------- shelf: device and processes
+# ---------------- shelf: device and processes
 
 def pick_device(name):
     """torch.device for --device. Under torchrun each process takes a GPU of its own at once."""
@@ -906,7 +831,7 @@ def start(s):
     device = pick_device(s.device)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))   # 7 B may load long
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # 7 B load slowly
     _, world = processes()
     if s.batch < 1 or s.batch % (world * s.accumulate):
         stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate "
@@ -929,8 +854,8 @@ def finish():
 def average_gradients(parameters):
     """Add gradients up over processes; the losses were divided by their number.
 
-    Each tensor by itself and in this order, so that a resumed run adds up alike. (Distributed-
-    DataParallel orders its buckets anew after the first step, and so rounds differently.)
+    Always in this order, so that a resumed run rounds alike. (DistributedDataParallel orders its
+    buckets anew after the first step.)
     """
     if dist.is_initialized():
         pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
@@ -940,7 +865,7 @@ def average_gradients(parameters):
 
 def gather(values, alone=False):
     """Python numbers of 0-d tensors, means over processes; here the host waits for the device.
-    alone: only this process calls, the others know nothing of it."""
+    alone: only this process calls."""
     numbers = torch.stack([value.float() for value in values.values()])
     if dist.is_initialized() and not alone:
         dist.all_reduce(numbers)
@@ -973,11 +898,11 @@ def generator(*key):
     return torch.Generator().manual_seed(bits)
 
 
-# ---------------------------------------------------------------- shelf: resuming and stopping
+# ---------------- shelf: resuming and stopping
 
 def resume(s, stage, out, made_from, free=()):
     """What an interrupted run left in `out`, or None; what contradicts the settings is an error."""
-    aside(out).unlink(missing_ok=True)        # from a save that was killed
+    aside(out).unlink(missing_ok=True)  # from a save that was killed
     file = None
     if out.exists():
         file = read_checkpoint(out, (stage,), "take another --run, or remove it")
@@ -997,7 +922,7 @@ def resume(s, stage, out, made_from, free=()):
 
 
 def load_state(file, state):
-    """Fill networks and optimizers, {name: module}, from a checkpoint; returns its step, else 0."""
+    """Fill networks and optimizers, {name: module}, from a checkpoint; its step, else 0."""
     if file is None:
         return 0
     for name, module in state.items():
@@ -1011,7 +936,7 @@ def save_state(out, state, **about):
     save_checkpoint(out, **about, **tensors)
 
 
-SIGNALS = []    # that asked this process to stop
+SIGNALS = []  # that asked this process to stop
 
 
 def listen():
@@ -1026,7 +951,7 @@ def listen():
 
 def remember(number, frame):
     SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)     # a second Ctrl-C kills
+    signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C kills
 
 
 def ignore_signals(worker):
@@ -1041,7 +966,7 @@ def leave(stage, out, step):
     raise SystemExit(128 + SIGNALS[0])
 
 
-# ---------------------------------------------------------------- shelf: sheets of pictures
+# ---------------- shelf: sheets of pictures
 
 def save_sheet(path, tiles, columns, titles=(), rows=(), captions=()):
     """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified.

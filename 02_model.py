@@ -8,9 +8,8 @@ Paper   Sec. 3.1 (posterior), 3.2, 5.2 (padding, Spatially Conditional Normaliza
 
     python 02_model.py --preset paper --size 256
 
-Shapes: b pictures, c channels, h and w the sides of the picture, f the down-sampling factor (8),
-k latent channels (16). Parameter names are those of CompVis
-(encoder.down.0.block.0.conv1.weight), so that peers' files load unchanged.
+Shapes: b pictures, c channels, h and w the picture's sides, f the down-sampling factor (8), k
+latent channels (16). Parameters have CompVis's names, so that peers' files load unchanged.
 """
 import functools
 import importlib
@@ -24,30 +23,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-data = importlib.import_module("01_data")   # a module name may not start with a digit
+data = importlib.import_module("01_data")  # a module name may not start with a digit
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Architecture:
     """What a checkpoint must carry to build its network again."""
-    width: int = 128                # not in the paper: as in MoVQGAN-67M, the smallest base model
+    width: int = 128  # not in the paper: as in MoVQGAN-67M, the smallest base model
     width_mult: tuple[int, ...] = (1, 2, 2, 4)  # not in the paper: as in MoVQGAN; hence f = 8
-    res_blocks: int = 2             # not in the paper: ResNet blocks per level, as in MoVQGAN-67M
+    res_blocks: int = 2  # not in the paper: ResNet blocks per level, as in MoVQGAN-67M
     attention_levels: tuple[int, ...] = (3,)  # not in the paper: the last level, as in MoVQGAN
     latent_channels: int = 16       # Table 2: latent dimension d_z
     padding: Literal["reflect", "zeros"] = "reflect"  # Sec. 5.2: reflect cures the corner artifact
     decoder_norm: Literal["spatial", "group"] = "spatial"  # Sec. 5.2: spatial cures droplets
-    groups: int = 32                # not in the paper: groups of GroupNorm, as in MoVQGAN
+    groups: int = 32  # not in the paper: groups of GroupNorm, as in MoVQGAN
     quant_conv: bool = False        # 1x1 convolutions around the latent, which older peers have
     double_z: bool = True           # Sec. 3.2: mean and log-variance; False: a VQ peer's mean alone
-    codebook: int = 0               # size of a VQ peer's codebook; 0: none, as in Sec. 3.2
+    codebook: int = 0  # size of a VQ peer's codebook; 0: none, as in Sec. 3.2
 
 
 @dataclass(frozen=True)
 class Settings(data.Run, Architecture):
-    size: int = 256                 # side of the picture that the table is made for
+    size: int = 256  # side of the picture that the table is made for
 
 
 PRESETS = {
@@ -57,7 +56,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- blocks (Figures 7 and 8)
+# ---------------- blocks (Figures 7 and 8)
 
 class SpatialNorm(nn.Module):
     """Spatially Conditional Normalization (Sec. 5.2, from MoVQ): GroupNorm(x) * y(z) + b(z).
@@ -75,10 +74,10 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
 
     def forward(self, x, z):
-        y = self.conv_y(z)                                        # (b, c, h/f, w/f)
+        y = self.conv_y(z)  # (b, c, h/f, w/f)
         b = self.conv_b(z)
         up = functools.partial(F.interpolate, size=x.shape[2:], mode="nearest")
-        return self.norm_layer(x) * up(y) + up(b)                 # as x
+        return self.norm_layer(x) * up(y) + up(b)  # as x
 
 
 class GroupNorm(nn.GroupNorm):
@@ -94,7 +93,7 @@ class GroupNorm(nn.GroupNorm):
 
 def norm_swish(norm, x, z=None):              # Fig. 7: before each convolution, a norm and swish
     if norm.fast:
-        return fast_norm_swish(norm, x, z)    # the same, faster: at the end of this file
+        return fast_norm_swish(norm, x, z)  # the same, faster: at the end of this file
     return F.silu(norm(x, z))
 
 
@@ -119,10 +118,10 @@ class ResBlock(nn.Module):                    # Fig. 7
         self.conv2 = Conv3x3(c_out, c_out, a)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, z=None):                                 # (b, c_in, ., .)
+    def forward(self, x, z=None):  # (b, c_in, ., .)
         y = self.conv1(norm_swish(self.norm1, x, z))
         y = self.conv2(norm_swish(self.norm2, y, z))
-        return y + self.nin_shortcut(x)                           # (b, c_out, ., .)
+        return y + self.nin_shortcut(x)  # (b, c_out, ., .)
 
 
 class AttnBlock(nn.Module):                   # Fig. 8: self-attention over all positions, one head
@@ -135,10 +134,10 @@ class AttnBlock(nn.Module):                   # Fig. 8: self-attention over all 
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, z=None):
-        y = self.norm(x, z)                                       # (b, c, h, w)
-        q, k, v = [conv(y).flatten(2).mT[:, None].contiguous()    # (b, 1, h w, c)
+        y = self.norm(x, z)  # (b, c, h, w)
+        q, k, v = [conv(y).flatten(2).mT[:, None].contiguous()  # (b, 1, h w, c)
                    for conv in (self.q, self.k, self.v)]
-        y = F.scaled_dot_product_attention(q, k, v)               # (b, 1, h w, c)
+        y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, h w, c)
         return x + self.proj_out(y[:, 0].mT.reshape(x.shape))
 
 
@@ -157,7 +156,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1), mode=self.mode))
 
 
-class Upsample(nn.Module):                    # not in the paper: nearest neighbor, as in MoVQGAN
+class Upsample(nn.Module):  # not in the paper: nearest neighbor, as in MoVQGAN
     def __init__(self, channels, a):
         super().__init__()
         self.conv = Conv3x3(channels, channels, a)
@@ -189,7 +188,7 @@ def middle(channels, norm, a):
                           "block_2": ResBlock(channels, channels, norm, a)})
 
 
-# ---------------------------------------------------------------- encoder, decoder, VAE (Figure 1)
+# ---------------- encoder, decoder, VAE (Figure 1)
 
 class Encoder(nn.Module):
     def __init__(self, a):
@@ -206,15 +205,15 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(widths[-1], a)
         self.conv_out = Conv3x3(widths[-1], a.latent_channels * (1 + a.double_z), a)
 
-    def forward(self, x):                                         # (b, 3, h, w)
-        x = self.conv_in(x)                                       # (b, width, h, w)
+    def forward(self, x):  # (b, 3, h, w)
+        x = self.conv_in(x)  # (b, width, h, w)
         for level in self.down:
             x = level(x)
             if hasattr(level, "downsample"):
-                x = level.downsample(x)                           # half the height and width
+                x = level.downsample(x)  # half the height and width
         for block in self.mid.values():
             x = block(x)
-        return self.conv_out(norm_swish(self.norm_out, x))        # (b, 2k, h/f, w/f)
+        return self.conv_out(norm_swish(self.norm_out, x))  # (b, 2k, h/f, w/f)
 
 
 class Decoder(nn.Module):
@@ -224,7 +223,7 @@ class Decoder(nn.Module):
         widths = [a.width * m for m in a.width_mult]
         self.conv_in = Conv3x3(a.latent_channels, widths[-1], a)
         self.mid = middle(widths[-1], norm, a)
-        self.up = nn.ModuleList()                 # up.0 has full resolution, so it runs last
+        self.up = nn.ModuleList()  # up.0 has full resolution, so it runs last
         for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
             attention = i in a.attention_levels
             self.up.append(Level(c_in, c_out, a.res_blocks + 1, attention, norm, a))
@@ -233,22 +232,22 @@ class Decoder(nn.Module):
         self.norm_out = norm(widths[0], a)
         self.conv_out = Conv3x3(widths[0], 3, a)
 
-    def forward(self, x, z):                                      # both (b, k, h/f, w/f)
+    def forward(self, x, z):  # both (b, k, h/f, w/f)
         x = self.conv_in(x)
         for block in self.mid.values():
             x = block(x, z)
         for level in reversed(self.up):
             x = level(x, z)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)                             # twice the height and width
-        return self.conv_out(norm_swish(self.norm_out, x, z))     # (b, 3, h, w)
+                x = level.upsample(x)  # twice the height and width
+        return self.conv_out(norm_swish(self.norm_out, x, z))  # (b, 3, h, w)
 
 
-class Posterior:                              # q(z|x) = N(mu, exp(logvar)), Sec. 3.1
+class Posterior:  # q(z|x) = N(mu, exp(logvar)), Sec. 3.1
     """mu and logvar: (b, k, h/f, w/f)."""
     def __init__(self, mu, logvar):
         self.mu = mu
-        self.logvar = logvar.clamp(-30.0, 20.0)   # not in the paper: as CompVis, against overflow
+        self.logvar = logvar.clamp(-30.0, 20.0)  # not in the paper: as CompVis, against overflow
 
     def sample(self, noise=None):
         """z = mu + sigma * noise, with noise ~ N(0, I) in the shape of mu."""
@@ -289,7 +288,7 @@ class VAE(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or not self.takes(*x.shape[2:]):
             raise ValueError(f"pictures must be (b, 3, h, w) with h and w multiples of "
                              f"{self.factor} from {4 * self.factor} up, not {tuple(x.shape)}")
-        moments = self.encoder(x)                                 # (b, 2k, h/f, w/f)
+        moments = self.encoder(x)  # (b, 2k, h/f, w/f)
         if self.architecture.quant_conv:
             moments = self.quant_conv(moments)
         if self.architecture.double_z:
@@ -301,8 +300,8 @@ class VAE(nn.Module):
 
     def nearest_codes(self, z):
         """A VQ peer's bottleneck: each latent vector becomes the nearest of the codebook."""
-        book = self.quantize["embedding"].weight                  # (codebook, k)
-        vectors = z.movedim(1, -1).flatten(1, 2)                  # (b, h w, k)
+        book = self.quantize["embedding"].weight  # (codebook, k)
+        vectors = z.movedim(1, -1).flatten(1, 2)  # (b, h w, k)
         nearest = torch.cdist(vectors, book).argmin(-1)
         return F.embedding(nearest, book).mT.reshape(z.shape)
 
@@ -322,8 +321,7 @@ def build(a):
     """A VAE from any settings that include an Architecture; stops where they are impossible."""
     a = Architecture(**{field.name: getattr(a, field.name) for field in fields(Architecture)})
     ragged = any(a.width * m % a.groups for m in a.width_mult)
-    smallest = min(a.width, a.groups, a.res_blocks, a.latent_channels, len(a.width_mult))
-    if ragged or smallest < 1:
+    if ragged or min(a.width, a.groups, a.res_blocks, a.latent_channels, len(a.width_mult)) < 1:
         data.stop(f"--width {a.width} times --width-mult {a.width_mult} must be multiples of "
                   f"--groups {a.groups}, and all at least 1")
     return VAE(a)
@@ -338,7 +336,7 @@ def update_average(averaged, trained, step, decay):               # Table 2: EMA
         average.lerp_(weight, 1 - decay)
 
 
-# ---------------------------------------------------------------- checkpoints, ours and peers'
+# ---------------- checkpoints, ours and peers'
 
 # Latents of a peer are normalized as (z - shift) * scale, as its own pipeline does.
 PEERS = {  # name: (k, scale, shift)
@@ -374,7 +372,8 @@ def load_vae(path, device="cpu", peer=None):
     k = vae.architecture.latent_channels
     peer = peer or inside
     if peer and (peer not in PEERS or PEERS[peer][0] != k):
-        data.stop(f"peer {peer!r} is not a model with {k} latent channels; known: {PEERS}")
+        data.stop(f"peer {peer!r} is not a model with {k} latent channels: known are "
+                  f"{', '.join(PEERS)}")
     if peer:
         _, scale, shift = PEERS[peer]
         vae.latent_mean = torch.full((k,), shift, device=device)
@@ -422,7 +421,7 @@ def load_peer(vae, weights, path):
              "of another shape": {key for key in both if expected[key].shape != weights[key].shape}}
     wrong = [f"{kind}: {', '.join(sorted(keys))}" for kind, keys in wrong.items() if keys]
     if wrong:
-        data.stop(f"{path} does not fit: " + "; ".join(wrong))
+        data.stop(f"{path} does not fit: {'; '.join(wrong)}")
     vae.load_state_dict({key: w.float() for key, w in weights.items()})
 
 
@@ -456,7 +455,7 @@ def infer_architecture(weights, path):
         data.stop(f"{path} is not an autoencoder that load_vae knows: it has no {key}")
 
 
-# ---------------------------------------------------------------- the network as a table
+# ---------------- the network as a table
 
 def describe(vae, size):
     """Rows (layer, output shape, parameters, multiply-adds) from input to output for one picture
@@ -476,7 +475,7 @@ def describe(vae, size):
             hooks.append(module.register_forward_hook(hook))
     k = vae.architecture.latent_channels
     side = size // vae.factor
-    set_fast(vae, False)                          # so that the hooks see every norm
+    set_fast(vae, False)  # so that the hooks see every norm
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         vae(torch.zeros(1, 3, size, size), torch.zeros(1, k, side, side))
     for hook in hooks:
@@ -495,7 +494,7 @@ def receptive_field(part):
     levels = list(part.up[::-1]) if decoder else list(part.down)
     blocks = middle_blocks + levels if decoder else levels + middle_blocks
     field = 1.0
-    step = 1.0                                    # input positions between neighbors at this depth
+    step = 1.0  # input positions between neighbors at this depth
     for block in [part.conv_in, *blocks, part.conv_out]:
         for module in block.modules():
             if isinstance(module, Upsample):
@@ -536,7 +535,7 @@ def main(settings):
     return rows
 
 
-# ---------------------------------------------------------------- the same, faster
+# ---------------- the same, faster
 # Equal to the plain forms above by test, with gradients written out so that less is kept in
 # memory: the plain forms take 1.2 times as long for a step of 04 with VGG on a CPU.
 # set_fast(vae, False) chooses the plain forms; --compile starts from those.
@@ -556,7 +555,7 @@ def fast_norm_swish(norm, x, z):
         b = norm.bias[:, None, None].expand(len(x), -1, 1, 1)
         return NormSwish.apply(x, y, b, norm.num_groups, norm.eps)
     inner = norm.norm_layer
-    y = norm.conv_y(z)                                            # (b, c, h/f, w/f)
+    y = norm.conv_y(z)  # (b, c, h/f, w/f)
     b = inner.bias[:, None, None] * y + norm.conv_b(z)
     y = inner.weight[:, None, None] * y
     return NormSwish.apply(x, y, b, inner.num_groups, inner.eps)
@@ -572,8 +571,8 @@ class NormSwish(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, y, b, groups, eps):
-        exact = torch.promote_types(x.dtype, torch.float32)       # bf16 has too few bits for sums
-        m = group_mean(x.mean((2, 3), dtype=exact), groups)       # (b, c, 1, 1)
+        exact = torch.promote_types(x.dtype, torch.float32)  # bf16 has too few bits for sums
+        m = group_mean(x.mean((2, 3), dtype=exact), groups)  # (b, c, 1, 1)
         # The mean of (x - m)^2. E[x^2] - m^2 would cancel where the mean is large.
         square = F.mse_loss(x.to(exact), m.expand_as(x), reduction="none")
         r = (group_mean(square.mean((2, 3)), groups) + eps).rsqrt()
@@ -587,7 +586,7 @@ class NormSwish(torch.autograd.Function):
         a = r * y
         g = torch.ops.aten.silu_backward(g, affine(x, a, b - m * a))
         exact = g.to(m.dtype)
-        g_b = block_sum(exact, y)                                 # (b, c, h', w')
+        g_b = block_sum(exact, y)  # (b, c, h', w')
         g_y = r * (block_sum(exact * x, y) - m * g_b)
         # What a group's mean and deviation pass on is alike for its pixels, but for a factor x.
         area = x.shape[2] * x.shape[3]
@@ -609,7 +608,7 @@ def affine(x, a, d):
     rows = a.shape[2]
     out = torch.empty_like(x)
 
-    def split(v):                                                 # (b, c, h', h / h', w)
+    def split(v):  # (b, c, h', h / h', w)
         if v.shape == x.shape:
             return v.unflatten(2, (rows, -1))
         return F.interpolate(v, (rows, x.shape[3]))[:, :, :, None]
@@ -630,7 +629,7 @@ def block_sum(v, y):
 class ReflectPad(torch.autograd.Function):
     """F.pad(x, sides, mode="reflect"), whose own gradient would keep x just to know its shape."""
     @staticmethod
-    def forward(ctx, x, sides):                                   # (left, right, above, below)
+    def forward(ctx, x, sides):  # (left, right, above, below)
         ctx.sides = sides
         return F.pad(x, sides, mode="reflect")
 

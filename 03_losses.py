@@ -31,7 +31,7 @@ data = importlib.import_module("01_data")
 model = importlib.import_module("02_model")
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Losses:
@@ -50,7 +50,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Settings(data.Run, Losses):
-    crop: int = data.Settings.crop  # Sec. 5.1
+    crop: int = 240             # Sec. 5.1: a crop of 240 x 240
     steps: int = 150            # steps of a fresh discriminator between whole and damaged crops
 
 
@@ -61,14 +61,14 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- KL divergence, reconstruction
+# ---------------- KL divergence, reconstruction
 
-def kl_loss(mu, logvar):                                  # KL to N(0, I), Eq. 2, in Eq. 3's form
+def kl_loss(mu, logvar):  # KL to N(0, I), Eq. 2, in Eq. 3's form
     """Nats per latent value; mu and logvar (b, k, h/f, w/f)."""
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).mean()
 
 
-def recon_loss(x, x_hat):                                 # L2 reconstruction, Eq. 4
+def recon_loss(x, x_hat):  # L2 reconstruction, Eq. 4
     return (x - x_hat).square().mean()
 
 
@@ -88,9 +88,9 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-# ---------------------------------------------------------------- perceptual loss
+# ---------------- perceptual loss
 
-class Perceptual(nn.Module):                              # Eq. 6, as LPIPS
+class Perceptual(nn.Module):  # Eq. 6, as LPIPS
     """LPIPS from the lpips package, mean over pictures, with a gradient that is finite everywhere.
 
     Always in eval mode: LPIPS has dropout before its linear layers, and a parent's .train() would
@@ -103,12 +103,12 @@ class Perceptual(nn.Module):                              # Eq. 6, as LPIPS
         files = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
         trained = net in files
         with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")               # lpips calls torchvision by old names
+            warnings.simplefilter("ignore")  # lpips calls torchvision by old names
             torch.manual_seed(0)
             try:
                 self.lpips = lpips.LPIPS(net=net if trained else "alex", lpips=trained,
                                          pretrained=trained, pnet_rand=not trained, verbose=False)
-            except Exception as error:                    # no network, a cut-off file: many kinds
+            except Exception as error:  # no network, a cut-off file: many kinds
                 url = f"https://download.pytorch.org/models/{files.get(net)}"
                 folder = f"{torch.hub.get_dir()}/checkpoints"
                 data.stop(f"LPIPS needs {files.get(net)} ({type(error).__name__}): put {url} into "
@@ -133,14 +133,14 @@ class Perceptual(nn.Module):                              # Eq. 6, as LPIPS
         total = 0.0
         for i, (f, f_hat) in enumerate(zip(targets, self.features(x_hat))):
             # not in the paper: Eq. 6 prints a norm of differences; LPIPS weighs their squares
-            difference = (f - f_hat).square()             # (b, c_i, h_i, w_i)
+            difference = (f - f_hat).square()  # (b, c_i, h_i, w_i)
             if self.lpips.lpips:
                 difference = self.lpips.lins[i].model[-1](difference)
             total = total + difference.sum(1).mean()
         return total
 
 
-# ---------------------------------------------------------------- adversarial pair
+# ---------------- adversarial pair
 
 class Discriminator(nn.Module):
     """PatchGAN: pictures (b, 3, h, w) to one logit per patch (b, 1, h', w'); positive is real."""
@@ -157,7 +157,7 @@ class Discriminator(nn.Module):
         self.main = nn.Sequential(*blocks, nn.Conv2d(c, 1, 4, padding=1))
         for conv in self.main:
             if isinstance(conv, nn.Conv2d):
-                nn.init.normal_(conv.weight, 0.0, 0.02)   # not in the paper: as in MoVQGAN
+                nn.init.normal_(conv.weight, 0.0, 0.02)  # not in the paper: as in MoVQGAN
 
     @staticmethod
     def norm(c):
@@ -169,7 +169,7 @@ class Discriminator(nn.Module):
         return self.main(x)
 
 
-def adversarial_loss(fake, kind="hinge"):                 # Eq. 5
+def adversarial_loss(fake, kind="hinge"):  # Eq. 5
     """What the VAE minimizes, from the discriminator's logits of x_hat.
 
     "log" is Eq. 5 as printed, log(1 - D(x_hat)) with D = sigmoid(logit). Its gradient, sigmoid
@@ -178,7 +178,7 @@ def adversarial_loss(fake, kind="hinge"):                 # Eq. 5
     """
     if kind == "hinge":
         return -fake.mean()
-    return -F.softplus(fake).mean()                       # log(1 - sigmoid(l)) = -softplus(l)
+    return -F.softplus(fake).mean()  # log(1 - sigmoid(l)) = -softplus(l)
 
 
 def discriminator_loss(real, fake, kind="hinge"):
@@ -188,15 +188,15 @@ def discriminator_loss(real, fake, kind="hinge"):
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------- the whole
 
-def total_loss(kl, recon, adv, perc, s):                  # Eq. 7
+def total_loss(kl, recon, adv, perc, s):  # Eq. 7
     # not in the paper: each term is a mean over elements, the one reading that fits Table 3 (top)
     return (s.lambda_kl * kl + s.lambda_recon * recon
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
 
-# ---------------------------------------------------------------- the artifacts of Sec. 4, made
+# ---------------- the artifacts of Sec. 4, made
 
 def tint(x, strength):
     """Color shift: all of the picture moves towards yellow (Fig. 2b)."""
@@ -234,10 +234,10 @@ def droplet(x, strength, seed=0):
     """Droplet: isolated bright spots, where activations grew too large (Fig. 2f and 3)."""
     b, _, h, w = x.shape
     generator = torch.Generator().manual_seed(seed)
-    centers = torch.rand(b, 3, 2, generator=generator).to(x) * 0.8 + 0.1        # three per picture
-    dy = torch.arange(h, device=x.device) - centers[..., :1] * h                # (b, 3, h)
-    dx = torch.arange(w, device=x.device) - centers[..., 1:] * w                # (b, 3, w)
-    squared = dy[..., :, None].square() + dx[..., None, :].square()             # (b, 3, h, w)
+    centers = torch.rand(b, 3, 2, generator=generator).to(x) * 0.8 + 0.1  # three per picture
+    dy = torch.arange(h, device=x.device) - centers[..., :1] * h  # (b, 3, h)
+    dx = torch.arange(w, device=x.device) - centers[..., 1:] * w  # (b, 3, w)
+    squared = dy[..., :, None].square() + dx[..., None, :].square()  # (b, 3, h, w)
     spots = torch.exp(-squared / (2 * (h / 40 + 1) ** 2)).amax(1, keepdim=True) # (b, 1, h, w)
     return x + strength * 1.5 * spots
 
@@ -246,7 +246,7 @@ ARTIFACTS = {"color shift": tint, "grid": grid, "blur": blur, "corner": border, 
 STRENGTHS = (0.25, 0.5, 1.0)
 
 
-# ---------------------------------------------------------------- main
+# ---------------- main
 
 def train_discriminator(disc, x, settings):
     """A discriminator knows only what it has been shown: a moment's training on all artifacts."""

@@ -29,12 +29,12 @@ model = importlib.import_module("02_model")
 losses = importlib.import_module("03_losses")
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Training(data.TrainingRun, losses.Losses):
     """All but the architecture, so that 05 can have it too."""
-    crop: int = data.Settings.crop   # Sec. 5.1
+    crop: int = losses.Settings.crop  # Sec. 5.1
     lr: float = 1e-4                 # Table 2; not in the paper: for the discriminator too
     ema_decay: float = 0.9999        # Table 2
     # bf16: the VAE under autocast; weights and losses in FP32, whose products a GPU rounds to TF32
@@ -64,7 +64,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- one step of both players
+# ---------------- one step of both players
 
 def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
     """Add the gradients of one part of a step to both players; returns the terms, not weighted.
@@ -73,7 +73,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
     """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         x_hat, mu, logvar = [v.float() for v in vae(x, noise)]
-    share = 1 / (s.accumulate * data.processes()[1])      # of this part in the mean over the batch
+    share = 1 / (s.accumulate * data.processes()[1])  # of this part in the mean over the batch
 
     # not in the paper: one x_hat serves both players, judged once. Each backward pass reaches the
     # weights of its own player only.
@@ -82,11 +82,11 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
     disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
     (share * disc_loss).backward(inputs=judging, retain_graph=True)
 
-    kl = losses.kl_loss(mu, logvar)                       # Eq. 3
-    recon = losses.recon_loss(x, x_hat)                   # Eq. 4
-    adv = losses.adversarial_loss(fake, s.gan_loss)       # Eq. 5
-    perc = perceptual(x, x_hat)                           # Eq. 6
-    total = losses.total_loss(kl, recon, adv, perc, s)    # Eq. 7
+    kl = losses.kl_loss(mu, logvar)  # Eq. 3
+    recon = losses.recon_loss(x, x_hat)  # Eq. 4
+    adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
+    perc = perceptual(x, x_hat)  # Eq. 6
+    total = losses.total_loss(kl, recon, adv, perc, s)  # Eq. 7
     (share * total).backward(inputs=trained)
     return dict(total=total, kl=kl, recon=recon, adv=adv, perc=perc,
                 disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
@@ -104,7 +104,7 @@ def train_step(parts, vae, disc, perceptual, optimizer, disc_optimizer, s):
         terms = add_gradients(x, noise, vae, disc, perceptual, trained, judging, s)
         for name in terms:
             values[name] += terms[name].detach() / s.accumulate
-        del terms                                         # the discriminator's graph was retained
+        del terms  # the discriminator's graph was retained
     data.average_gradients(trained)
     data.average_gradients(judging)
     values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
@@ -115,7 +115,7 @@ def train_step(parts, vae, disc, perceptual, optimizer, disc_optimizer, s):
     return values
 
 
-# ---------------------------------------------------------------- the loop
+# ---------------- the loop
 
 def train(s, stage, out, vae, disc, made_from, file, latents=None):
     """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
@@ -130,8 +130,8 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
         data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
     rank, world = data.processes()
     device = next(vae.parameters()).device
-    torch.backends.cudnn.benchmark = True                 # crops have one size
-    layout = dict(memory_format=torch.channels_last)      # in which convolutions are fastest
+    torch.backends.cudnn.benchmark = True  # crops have one size
+    layout = dict(memory_format=torch.channels_last)  # in which convolutions are fastest
     perceptual = losses.Perceptual(s.perceptual_net).to(device, **layout)
     if s.perceptual_net == "untrained" and rank == 0:
         print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; "
@@ -147,7 +147,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     disc_optimizer = torch.optim.Adam(disc.parameters(), **adam)
     state = dict(model=vae, ema=ema, disc=disc, optimizer=optimizer, disc_optimizer=disc_optimizer)
     step = data.load_state(file, state)
-    del file                                              # at the paper's size, gigabytes
+    del file  # at the paper's size, gigabytes
     about = dict(stage=stage, settings=asdict(s), architecture=asdict(vae.architecture),
                  parent=made_from)
     forward = torch.compile(model.set_fast(vae, False)) if s.compile else vae
@@ -214,7 +214,7 @@ def load_parts(loader, vae, stage, step, device, s):
         yield losses.from_uint8(x), part.to(device)
 
 
-# ---------------------------------------------------------------- looking
+# ---------------- looking
 
 @torch.no_grad()
 def validate(ema, x, perceptual, s):
@@ -245,10 +245,10 @@ def latent_statistics(vae, crops, s, device):
     for part in tqdm(numbers, unit="batch", desc="latents", **data.BAR):
         x = losses.from_uint8(torch.stack([crops[int(i)] for i in part]).to(device))
         q = vae.encode(x)
-        mu = q.mu.cpu().double()                                          # (b, k, h/f, w/f)
+        mu = q.mu.cpu().double()  # (b, k, h/f, w/f)
         variance = q.logvar.exp().cpu().double()
         n += mu[:, 0].numel()
-        total = total + mu.sum(dim=(0, 2, 3))                             # (k,)
+        total = total + mu.sum(dim=(0, 2, 3))  # (k,)
         squares = squares + (mu.square() + variance).sum(dim=(0, 2, 3))
     mean = total / n
     return mean.float(), (squares / n - mean.square()).sqrt().float()
@@ -278,7 +278,7 @@ def status(e, steps):
     return line
 
 
-# ---------------------------------------------------------------- main
+# ---------------- main
 
 def print_counts(s, vae, disc):
     data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder),

@@ -21,7 +21,7 @@ losses = importlib.import_module("03_losses")
 training = importlib.import_module("04_train_vae")
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Settings(training.Training):
@@ -39,7 +39,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- the method: frozen latents
+# ---------------- the method: frozen latents
 
 def freeze_encoder(vae):
     """Keep what shapes the latents: the encoder, the convolution behind it, a peer's codebook."""
@@ -64,13 +64,13 @@ def load_discriminator(disc, source, s):
     disc.load_state_dict(weights)
 
 
-# ---------------------------------------------------------------- main
+# ---------------- main
 
 def main(s):
     stage = "05_finetune_decoder"
     source = Path(s.vae or Path(s.run, "vae.pt"))
     out = Path(s.run, "vae_finetuned.pt")
-    if s.dry_run and not source.exists():                 # nothing to count yet
+    if s.dry_run and not source.exists():  # nothing to count yet
         return data.print_settings(s)
     # not in the paper: it starts from the EMA weights, which are what 04 is for
     vae = freeze_encoder(model.load_vae(source, peer=s.peer))

@@ -35,7 +35,7 @@ model = importlib.import_module("02_model")
 losses = importlib.import_module("03_losses")
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Settings(data.Run):
@@ -52,7 +52,7 @@ class Settings(data.Run):
 
 PRESETS = {
     "paper": {},
-    "imagenet256": {},                                                            # Table 1
+    "imagenet256": {},  # Table 1
     "imagenet512": dict(size=512),
     "coco512": dict(size=512),
     "ffhq1024": dict(size=1024),
@@ -61,7 +61,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- similarity (Sec. 6.2)
+# ---------------- similarity (Sec. 6.2)
 
 def ssim(x, y):
     """Structural similarity of pictures (b, 3, h, w) in 0..255, mean over positions and channels:
@@ -74,7 +74,7 @@ def ssim(x, y):
     def mean(v):
         return F.conv2d(F.conv2d(v, window, groups=3), window.mT, groups=3)
 
-    x = x.cpu().double()                        # in float32 the variances would cancel
+    x = x.cpu().double()  # in float32 the variances would cancel
     y = y.cpu().double()
     mean_x = mean(x)
     mean_y = mean(y)
@@ -88,7 +88,7 @@ def ssim(x, y):
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-# ---------------------------------------------------------------- the five artifacts, metered
+# ---------------- the five artifacts, metered
 # A meter looks at originals x and reconstructions y, (b, 3, h, w) in 0..255, and gives a few
 # numbers per picture, (b, n). Their means over pictures give one reading: METERS, below.
 
@@ -109,12 +109,12 @@ def grid(x, y):
     Sec. 4: it "arose when the adversarial loss had too much weight". Blocks of random sign (as in
     JPEG) step at borders; lines and checkerboards with periods of 8, 4 or 2 repeat after 8 px.
     """
-    residual = gray(y) - gray(x)                # (b, h, w)
+    residual = gray(y) - gray(x)  # (b, h, w)
     means = []
     for v in (residual, residual.mT, gray(x), gray(x).mT):
         steps = v.diff(dim=2)
         cells = steps[..., :v.shape[2] // 8 * 8 - 8].abs().unflatten(2, (-1, 8))
-        at = cells.mean(dim=(1, 2))             # (b, 8): the last is across borders
+        at = cells.mean(dim=(1, 2))  # (b, 8): the last is across borders
         apart = {n: (steps[..., n:] - steps[..., :-n]).abs().mean(dim=(1, 2)) for n in (7, 8, 9)}
         # Steps next to a border are raised too in VAEs, so they count for neither side.
         means += [at[:, 7], at[:, 1:6].mean(dim=1), (apart[7] + apart[9]) / 2, apart[8]]
@@ -123,8 +123,8 @@ def grid(x, y):
 
 def grid_reading(means):
     """The larger of the residual's two ratios, less what stripes in the originals explain."""
-    means = means.view(2, 2, 4).mean(dim=1)     # rows and columns together
-    residual, original = means[:, 0::2] / means[:, 1::2].clamp(min=1)   # floor: a gray level
+    means = means.view(2, 2, 4).mean(dim=1)  # rows and columns together
+    residual, original = means[:, 0::2] / means[:, 1::2].clamp(min=1)  # floor: a gray level
     return (residual / original.clamp(min=1)).max().clamp(min=1)
 
 
@@ -136,8 +136,8 @@ def blur(x, y):
     """
     rows = []
     for a, b in zip(gray(x), gray(y)):
-        a = data.high_frequencies(a[16:-16, 16:-16])
-        b = data.high_frequencies(b[16:-16, 16:-16])
+        a = high_frequencies(a[16:-16, 16:-16])
+        b = high_frequencies(b[16:-16, 16:-16])
         rows.append(torch.stack([(a * b.conj()).real.sum(), a.abs().square().sum()]))
     return torch.stack(rows)
 
@@ -148,7 +148,7 @@ def corner(x, y):
     Sec. 4, Fig. 2e: "a frame of blur around the edges", from zero padding. The reading is frame
     over interior.
     """
-    error = (y - x).square().mean(dim=1)                               # (b, h, w)
+    error = (y - x).square().mean(dim=1)  # (b, h, w)
     row = losses.distance_to_ends(error.shape[1])[:, None] < 16
     column = losses.distance_to_ends(error.shape[2]) < 16
     parts = (row | column, ~(row | column), row ^ column, row & column)
@@ -188,6 +188,18 @@ METERS = {
 }
 
 
+def high_frequencies(x):
+    """What a gray picture (h, w) in 0..255 has above half the Nyquist frequency: complex values
+    of a Hann-windowed spectrum, whose squares add up to a power per pixel."""
+    h, w = x.shape
+    window = (torch.hann_window(h)[:, None] * torch.hann_window(w)).to(x)
+    spectrum = torch.fft.fft2((x - x.mean()) * window) / (h * w * window.square().sum()).sqrt()
+    rows = torch.fft.fftfreq(h)[:, None]
+    columns = torch.fft.fftfreq(w)
+    high = (rows.square() + columns.square()).sqrt() > 0.25
+    return spectrum[high.to(x.device)]
+
+
 def reaction(name, reading):
     """Distance from the ideal in units of the healthy range: above 1 it is an artifact."""
     meter = METERS[name]
@@ -211,14 +223,14 @@ def lab_chroma(x):
     to_xyz = x.new_tensor([[0.4124564, 0.3575761, 0.1804375],
                            [0.2126729, 0.7151522, 0.0721750],
                            [0.0193339, 0.1191920, 0.9503041]])
-    to_xyz = to_xyz / to_xyz.sum(1, keepdim=True)                      # relative to white
+    to_xyz = to_xyz / to_xyz.sum(1, keepdim=True)  # relative to white
     t = torch.einsum("ij,bjhw->bihw", to_xyz, linear)
     dark = t * (29 / 6) ** 2 / 3 + 4 / 29
     f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-6) ** (1 / 3), dark)
     return torch.stack([500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
-# ---------------------------------------------------------------- activations and latents
+# ---------------- activations and latents
 
 @torch.no_grad()
 def activation_norms(vae, z):
@@ -245,9 +257,9 @@ def activation_norms(vae, z):
 def latent_report(vae, pictures, seed):
     """What the latents of some pictures (1, 3, h, w) are like, and how decoding bears noise."""
     q = [vae.encode(x) for x in pictures]
-    mu = torch.cat([p.mu.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()     # (., k)
+    mu = torch.cat([p.mu.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()  # (., k)
     logvar = torch.cat([p.logvar.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)   # Eq. 3, nats per channel
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)  # Eq. 3, nats per channel
     sigma2 = logvar.exp().mean(dim=0)
     variance = mu.var(dim=0) + sigma2
     std = variance.sqrt().float()[:, None, None]
@@ -264,7 +276,7 @@ def latent_report(vae, pictures, seed):
             "posterior_share": (sigma2 / variance).mean().item(), "psnr_under_noise": robustness}
 
 
-# ---------------------------------------------------------------- what can be measured
+# ---------------- what can be measured
 # reconstruct takes a picture (1, 3, h, w) in [-1, 1] and gives one; one function per kind.
 
 def bicubic(factor, x):
@@ -312,7 +324,7 @@ def open_model(spec, s, device):
                   f"for {spec}")
     name = Path(spec).stem
     alike = [os.path.abspath(Path(v).parent) for v in s.vae if Path(v).stem == name]
-    if len(alike) > 1:                          # files of one name are told apart by folder
+    if len(alike) > 1:  # files of one name are told apart by folder
         name = os.path.relpath(spec, os.path.commonpath(alike))
     return name, functools.partial(ours, vae, s), vae
 
@@ -348,7 +360,7 @@ def read_pictures(s, skipped):
         yield name, data.center_crop(data.resize_shorter(x, s.resize or s.size), s.size)
 
 
-# ---------------------------------------------------------------- one model, measured
+# ---------------- one model, measured
 
 @torch.no_grad()
 def evaluate(spec, s, device, perceptual, pictures, skipped):
@@ -367,7 +379,7 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
     began = time.time()
     for picture, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
         x8 = x8[None].to(device)
-        x = losses.from_uint8(x8)               # (1, 3, size, size)
+        x = losses.from_uint8(x8)  # (1, 3, size, size)
         y8 = losses.to_uint8(reconstruct(x))
         y = losses.from_uint8(y8)
         sums["psnr"] += losses.psnr(x, y).item()
@@ -435,7 +447,7 @@ def peak_gib(device):
     return int(status.split("VmHWM:")[1].split()[0]) / 2 ** 20
 
 
-# ---------------------------------------------------------------- tables and pictures
+# ---------------- tables and pictures
 
 def table(rows, protocol):
     """Aligned Markdown: a row for each model, the protocol below."""
@@ -520,7 +532,7 @@ def draw_activations(path, results):
     print(f"wrote {path.name}")
 
 
-# ---------------------------------------------------------------- main
+# ---------------- main
 
 def main(s):
     if s.dry_run:

@@ -39,7 +39,7 @@ model = importlib.import_module("02_model")
 losses = importlib.import_module("03_losses")
 
 
-# ---------------------------------------------------------------- settings
+# ---------------- settings
 
 @dataclass(frozen=True)
 class Network:
@@ -110,7 +110,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- parts of the transformer (A.3.2)
+# ---------------- parts of the transformer (A.3.2)
 
 def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
@@ -166,16 +166,16 @@ class Attention(nn.Module):
 
     def forward(self, x, source, turn=None, mask=None):
         """x (b, n, d) looks at source (b, l, d), where mask (b, 1, 1, l) is True."""
-        q = self.q_norm(self.split(self.q(x)).float())            # (b, heads, n, head), FP32
+        q = self.q_norm(self.split(self.q(x)).float())  # (b, heads, n, head), FP32
         k = self.k_norm(self.split(self.k(source)).float())
         v = self.split(self.v(source))
         if turn is not None:
             q = rotate(q, turn)
             k = rotate(k, turn)
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))             # (b, n, d)
+        return self.out(y.transpose(1, 2).flatten(2))  # (b, n, d)
 
-    def split(self, x):                                           # (b, n, d) to (b, heads, n, head)
+    def split(self, x):  # (b, n, d) to (b, heads, n, head)
         return x.unflatten(-1, (-1, self.head)).transpose(1, 2)
 
 
@@ -193,7 +193,7 @@ class Block(nn.Module):
     def forward(self, x, c, turn, mask=None, text=None, text_mask=None):
         """x (b, n, d), c (b, d_t), text (b, l, d). Sums are FP32, since the gates are."""
         with full_precision(c):
-            m = self.modulation(c)[:, None].split(x.shape[-1], -1)   # 6 or 9 of (b, 1, d)
+            m = self.modulation(c)[:, None].split(x.shape[-1], -1)  # 6 or 9 of (b, 1, d)
         y = ada_norm(x, m[0], m[1])
         x = x + m[2] * self.self_attention(y, y, turn, mask)
         if self.cross_attention is not None:
@@ -202,7 +202,7 @@ class Block(nn.Module):
         return x + m[-1] * self.feed_forward(ada_norm(x, m[-3], m[-2]))
 
 
-WORD = 16   # bytes of a word that are looked at
+WORD = 16  # bytes of a word that are looked at
 
 
 class Bytes(nn.Module):
@@ -215,7 +215,7 @@ class Bytes(nn.Module):
         """words (b, l, WORD): byte + 1, 0 after a word's end; gives tokens and their mean."""
         place = 256 * torch.arange(WORD, device=words.device)
         index = torch.where(words > 0, words + place, 0)
-        tokens = self.table(index.flatten(0, 1)).unflatten(0, mask.shape)        # (b, l, d_text)
+        tokens = self.table(index.flatten(0, 1)).unflatten(0, mask.shape)  # (b, l, d_text)
         own = mask[..., None]
         return tokens, (tokens * own).sum(1) / own.sum(1)
 
@@ -251,15 +251,15 @@ class DiT(nn.Module):
         (b, d_pooled); with "bytes" words, and pooled is not looked at."""
         if self.bytes is not None:
             tokens, pooled = self.bytes(tokens, mask)
-        elif tokens.dtype == torch.int16:                         # bits of bfloat16, from the cache
+        elif tokens.dtype == torch.int16:  # bits of bfloat16, from the cache
             tokens = tokens.view(torch.bfloat16)
         with full_precision(x):
             wave = angles(1000 * t.float(), self.a.width // 2)
             time = self.time(torch.cat([wave.cos(), wave.sin()], 1))
-            c = time + self.pooled(pooled.float())                # (b, d_t)
+            c = time + self.pooled(pooled.float())  # (b, d_t)
 
-        mask = mask[:, None, None]                                # (b, 1, 1, l)
-        text = self.text(tokens.to(x.dtype))                      # (b, l, d)
+        mask = mask[:, None, None]  # (b, 1, 1, l)
+        text = self.text(tokens.to(x.dtype))  # (b, l, d)
         place = torch.arange(text.shape[1], dtype=torch.float32, device=x.device)
         turn = turns((sum(self.a.head_axes),), place)
         for block in self.refiner:
@@ -267,12 +267,12 @@ class DiT(nn.Module):
 
         p = self.a.patch
         h, w = [side // p for side in x.shape[2:]]
-        row = torch.arange(h, dtype=torch.float32, device=x.device).repeat_interleave(w)   # (n,)
+        row = torch.arange(h, dtype=torch.float32, device=x.device).repeat_interleave(w)  # (n,)
         column = torch.arange(w, dtype=torch.float32, device=x.device).repeat(h)
-        turn = turns(self.a.head_axes, 0 * row, row, column)      # a picture is frame 0
-        x = x.unflatten(3, (w, p)).unflatten(2, (h, p))           # (b, k, h, p, w, p)
+        turn = turns(self.a.head_axes, 0 * row, row, column)  # a picture is frame 0
+        x = x.unflatten(3, (w, p)).unflatten(2, (h, p))  # (b, k, h, p, w, p)
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, n, p p k)
-        x = self.patches(x)                                       # (b, n, d)
+        x = self.patches(x)  # (b, n, d)
         if self.a.absolute:
             wave = torch.cat([angles(v, self.a.width // 4) for v in (row, column)], 1)
             x = x + torch.cat([wave.cos(), wave.sin()], 1)
@@ -281,8 +281,8 @@ class DiT(nn.Module):
 
         with full_precision(x):
             shift, scale = self.out_modulation(c)[:, None].chunk(2, -1)
-            x = self.out(ada_norm(x, shift, scale))               # (b, n, k p p)
-        x = x.unflatten(2, (-1, p, p)).unflatten(1, (h, w))       # (b, h, w, k, p, p)
+            x = self.out(ada_norm(x, shift, scale))  # (b, n, k p p)
+        x = x.unflatten(2, (-1, p, p)).unflatten(1, (h, w))  # (b, h, w, k, p, p)
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def run(self, block, *inputs):
@@ -301,7 +301,7 @@ def build(a):
     return DiT(a)
 
 
-# ---------------------------------------------------------------- objective and sampler
+# ---------------- objective and sampler
 
 # not in the paper: rectified flow, as in K5: x_t lies on the straight line from picture to noise
 def flow_loss(net, x, noise, t, tokens, mask, pooled):
@@ -363,7 +363,7 @@ def draw(net, vae, encoded, prompts, s, size, batch, autocast):
     return [shares[i % world][i // world] for i in range(len(prompts))]
 
 
-# ---------------------------------------------------------------- text (A.3.1)
+# ---------------- text (A.3.1)
 # An encoder turns prompts into pairs (tokens (l, .) int16, pooled (.,)), l their own length.
 
 # not in the paper: from K5, its spelling too; tokens of all before the caption are cut off again
@@ -383,7 +383,7 @@ def encode_bytes(a, prompts):
     for prompt in prompts:
         words = re.findall(r"\w+|[^\w\s]", prompt)[:a.text_length - 1]
         words = [word.encode("utf-8", "replace")[:WORD] for word in words]
-        words.append(b"\0")                                       # so that no prompt is empty
+        words.append(b"\0")  # so that no prompt is empty
         rows = [[byte + 1 for byte in word] + [0] * (WORD - len(word)) for word in words]
         pairs.append((torch.tensor(rows, dtype=torch.int16), torch.zeros(0)))
     return pairs
@@ -455,7 +455,7 @@ def pad(pairs, length=0, device="cpu"):
     return tokens.to(device), mask.to(device), pooled.to(device)
 
 
-# ---------------------------------------------------------------- latents, once
+# ---------------- latents, once
 # RUN/latents: 00000.pt, 00001.pt, ... of PER_FILE pictures each. A file is complete or absent.
 
 PER_FILE = 1024
@@ -514,7 +514,7 @@ def cache(s, vae, vae_parent, device):
     folder = Path(s.run, "latents")
     made_from = check_cache(s, vae, vae_parent, folder)
     if next(own_files(s, folder), None):
-        encode = text_encoder(s, device)                          # which may not be there
+        encode = text_encoder(s, device)  # which may not be there
         if data.processes()[0] == 0:
             data.write_text(folder / "made_from.json", json.dumps(made_from, indent=1))
         make_files(s, vae, encode, folder, device)
@@ -535,7 +535,7 @@ def make_files(s, vae, encode, folder, device):
     for path, first, lines in own_files(s, folder):
         latents = []
         for i in range(first, first + len(lines), 16):
-            x = losses.from_uint8(next(loader).to(device))        # (b, 3, size, size)
+            x = losses.from_uint8(next(loader).to(device))  # (b, 3, size, size)
             views = []
             for flipped in range(1 + s.flip):
                 q = vae.encode(x.flip(-1) if flipped else x)
@@ -543,8 +543,8 @@ def make_files(s, vae, encode, folder, device):
                 noise = [torch.randn(q.mu.shape[1:], generator=data.generator(
                     s.seed, "latent", i + j, flipped)) for j in range(len(x))]
                 z = q.sample(torch.stack(noise).to(device))
-                views.append(((z - mean) / std).half().cpu())     # (b, k, h, w)
-            latents.append(torch.stack(views, 1))                 # (b, 1 or 2, k, h, w)
+                views.append(((z - mean) / std).half().cpu())  # (b, k, h, w)
+            latents.append(torch.stack(views, 1))  # (b, 1 or 2, k, h, w)
             bar.update(len(x) * data.processes()[1])
         pairs = encode(["", *(text for _, text in lines)])
         ends = torch.tensor([len(tokens) for tokens, _ in pairs]).cumsum(0)
@@ -598,11 +598,11 @@ class Pairs(Dataset):
         flipped = int(torch.randint(self.views, (), generator=generator))
         file = read_latents(self.files[i // PER_FILE])
         place = i % PER_FILE
-        x = file["latents"][place, flipped].float()               # (k, h, w)
+        x = file["latents"][place, flipped].float()  # (k, h, w)
         noise = torch.randn(x.shape, generator=generator)
         t = torch.sigmoid(torch.randn((), generator=generator))
         dropped = torch.rand((), generator=generator) < self.s.drop
-        prompt = 0 if dropped else 1 + place                      # the empty prompt stands first
+        prompt = 0 if dropped else 1 + place  # the empty prompt stands first
         start = int(file["ends"][prompt - 1]) if prompt else 0
         tokens = file["tokens"][start:int(file["ends"][prompt])].clone()
         return x, noise, shifted(t, self.s.t_shift), (tokens, file["pooled"][prompt].clone())
@@ -613,7 +613,7 @@ def collate(items, length):
     return torch.stack(x), torch.stack(noise), torch.stack(t), *pad(pairs, length)
 
 
-# ---------------------------------------------------------------- training
+# ---------------- training
 
 def train_step(parts, net, optimizer, window, step, autocast, s):
     """One step on this process's share of the batch; returns the norm of the gradient.
@@ -624,15 +624,15 @@ def train_step(parts, net, optimizer, window, step, autocast, s):
     share = 1 / (s.accumulate * data.processes()[1])
     for x, noise, t, *text in parts:
         with autocast:
-            loss = flow_loss(net, x, noise, t, *text)             # (b,)
+            loss = flow_loss(net, x, noise, t, *text)  # (b,)
         (share * loss.mean()).backward()
         quarter = (4 * t).long().clamp(max=3)
         window.index_add_(1, quarter, torch.stack([loss.detach(), torch.ones_like(loss)]))
     weights = list(net.parameters())
     data.average_gradients(weights)
-    norm = torch.nn.utils.clip_grad_norm_(weights, s.clip_norm)   # Table 4
+    norm = torch.nn.utils.clip_grad_norm_(weights, s.clip_norm)  # Table 4
     for group in optimizer.param_groups:
-        group["lr"] = s.lr * min(1.0, step / max(1, s.warmup))    # Table 4: constant + warmup
+        group["lr"] = s.lr * min(1.0, step / max(1, s.warmup))  # Table 4: constant + warmup
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -642,19 +642,19 @@ def train(s, out, vae, vae_parent, folder, device, file):
     """Train a DiT on the latents in `folder` up to s.steps. file: what an interrupted run left."""
     rank, world = data.processes()
     stage = "07_train_dit"
-    torch.manual_seed(s.seed)           # the same network whether latents were made just now or not
+    torch.manual_seed(s.seed)  # the same network whether latents were made just now or not
     net = build(s).to(device)
     net.checkpointing = s.checkpointing
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
-                                  weight_decay=s.weight_decay,    # Table 4
+                                  weight_decay=s.weight_decay,  # Table 4
                                   fused=device.type in ("cuda", "cpu"))
     state = dict(model=net, ema=ema, optimizer=optimizer)
     step = data.load_state(file, state)
     window = torch.zeros(2, 4, device=device)
     if file and rank == 0:
         window += file["window"].to(device)
-    del file                                                      # 32 GB in the paper's size
+    del file  # 32 GB in the paper's size
     about = dict(stage=stage, settings=asdict(s), architecture=asdict(net.a), parent=vae_parent)
     forward = torch.compile(net) if s.compile else net
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
@@ -682,7 +682,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
         stopping = rank == 0 and bool(data.SIGNALS)
         if (logging or saving) and world > 1:
             dist.all_reduce(window)
-            window *= rank == 0                                   # the others begin again
+            window *= rank == 0  # the others begin again
         if logging or saving or stopping:
             values = {"loss": window.sum().item(), "gradient": norm.item()}
             data.check_finite(values, step, out, bar)
@@ -729,7 +729,7 @@ def status(e, steps):
     return line
 
 
-# ---------------------------------------------------------------- is the prompt followed? (Fig. 6)
+# ---------------- is the prompt followed? (Fig. 6)
 
 # Chance that a scene drawn for another prompt fits.
 CHANCE = {"color": 1 / 6, "shape": 1 / 4, "pattern": 1 / 4, "ground": 1 / 6, "all four": 1 / 480}
@@ -782,7 +782,7 @@ def follow(pictures, prompts):
     for picture, prompt in zip(pictures, prompts):
         pairs = zip(data.read_scene(picture), data.told(prompt))
         right.append([seen == wanted for seen, wanted in pairs])
-    right = torch.tensor(right).float()                           # (prompts, 4)
+    right = torch.tensor(right).float()  # (prompts, 4)
     return dict(zip(CHANCE, [*right.mean(0).tolist(), right.prod(1).mean().item()]))
 
 
@@ -840,7 +840,7 @@ def draw_curve(run):
     data.write_aside(Path(run, "curve.png"), lambda f: im.save(f, "PNG"))
 
 
-# ---------------------------------------------------------------- main
+# ---------------- main
 
 def table(s):
     """Parameters of each component, {name: number}, without memory for them."""

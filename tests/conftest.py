@@ -39,7 +39,7 @@ def train():
 def prepared(data, tmp_path_factory):
     """A run folder with 24 scenes of shorter side 48 in data/."""
     run = tmp_path_factory.mktemp("prepared")
-    data.main(data.Settings(run=str(run), count=24, resize=48, crop=32, val_share=0.3, workers=0))
+    data.main(data.Settings(run=str(run), count=24, resize=48, val_share=0.3, workers=0))
     return run
 
 

@@ -1,5 +1,6 @@
 """01_data.py: every kind of picture, every kind of damage, resuming, the split, the crops, Sec. 5.1's comparison."""
 import io
+import importlib
 import json
 import os
 import struct
@@ -28,7 +29,7 @@ def encoded(im, format, **options):
 
 
 def settings(data, run, images, **more):
-    return data.Settings(**(dict(run=str(run), images=str(images), min_side=48, resize=32, crop=32, val_share=0.3, workers=0) | more))
+    return data.Settings(**(dict(run=str(run), images=str(images), min_side=48, resize=32, val_share=0.3, workers=0) | more))
 
 
 def lines(path):
@@ -268,12 +269,14 @@ def test_scenes(data):
         assert ordered[0] == words[6] and ordered[1] == words[1], (caption, share)
 
 
-def test_compare_shows_aliasing(data, tmp_path):
-    """Sec. 5.1 on scenes: a direct crop has less detail than resize then crop, and nearest makes up frequencies that bicubic does not."""
-    result = data.main(data.Settings(run=str(tmp_path), count=8, compare=True))
-    assert result["direct crop"][1] < 0.9 and result["bicubic, crop"][1] == 1 and result["nearest, crop"][1] > 1.2
-    assert result["nearest, crop"][2] > 3 * result["bicubic, crop"][2]
-    assert Image.open(tmp_path / "compare.png").width > 700
+def test_resizing_shows_aliasing(data, tmp_path):
+    """Sec. 5.1 on scenes: a direct crop has less detail than resize then crop, and nearest makes up
+    frequencies that bicubic does not."""
+    result = importlib.import_module("resizing").main(data.Settings(run=str(tmp_path), count=8))
+    direct, nearest, bicubic = result.values()
+    assert direct[1] < 0.9 and bicubic[1] == 1 and nearest[1] > 1.2
+    assert nearest[2] > 3 * bicubic[2]
+    assert Image.open(tmp_path / "resizing.png").width > 700
 
 
 def test_sentences(data, tmp_path, capsys):
@@ -362,7 +365,7 @@ def test_index(data, tmp_path):
     seen = []
     for workers, count in ((0, 8), (3, 8), (0, 9)):
         run = tmp_path / f"{workers} {count}"
-        data.main(data.Settings(run=str(run), count=count, resize=32, crop=32, val_share=0.3, workers=workers))
+        data.main(data.Settings(run=str(run), count=count, resize=32, val_share=0.3, workers=workers))
         folder = run / "data" / "train"
         names = [line["file_name"] for line in lines(folder / "metadata.jsonl")]
         assert names == sorted(names) == [n.decode() for n in data.picture_names(folder, 32)]
@@ -373,7 +376,7 @@ def test_index(data, tmp_path):
     # A run killed after a picture and before the index: the next one finds nothing to do, and makes the index.
     before = (folder / "index.json").read_text()
     (folder / "index.json").write_text('{"pictures": 1, "sha256": "of an earlier run"}')
-    data.main(data.Settings(run=str(run), count=9, resize=32, crop=32, val_share=0.3, workers=0))
+    data.main(data.Settings(run=str(run), count=9, resize=32, val_share=0.3, workers=0))
     assert (folder / "index.json").read_text() == before
 
 
