@@ -80,6 +80,7 @@ class Settings(Run):
     interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
     # a small folder gives five pictures all the same
     val_share: float = 0.01    # not in the paper: 1% is enough to validate on and costs little
+    # a scene has as many lines as --min-side asks for
     count: int = 10_000        # not in the paper: scenes to draw when --images is "synthetic"
     max_pixels: int = 10**8    # not in the paper: a decompression bomb must not end the run
 
@@ -88,7 +89,7 @@ PRESETS = {
     "paper": {},
     "small": dict(count=20_000),
     # The paper's 480 to 240 at about a quarter: a crop still shows half of the shorter side.
-    "demo": dict(count=600, resize=128, val_share=0.1),
+    "demo": dict(count=2600, min_side=360, resize=128, val_share=0.03),
 }
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 # The first of these keys that holds a number counts. A bare "score" may be a similarity of
@@ -308,7 +309,7 @@ class Source(IterableDataset):
     def __iter__(self):
         worker = get_worker_info()
         units = self.units[worker.id::worker.num_workers] if worker else self.units
-        for name, parts in pictures(units, self.s.images, self.s.seed):
+        for name, parts in pictures(units, self.s.images, self.s.seed, self.s.min_side):
             if printable(name) not in self.done:
                 yield prepare(name, parts, self.s)
 
@@ -329,11 +330,11 @@ def find_units(images, own=None):
     return units
 
 
-def pictures(units, images, seed=0):
+def pictures(units, images, seed=0, lines=720):
     """Yield (name, parts) of each picture in some units; see prepare for what parts are."""
     for unit in units:
         if isinstance(unit, int):
-            caption, draw = scene(seed, unit)
+            caption, draw = scene(seed, unit, lines)
             yield scene_name(unit), {"picture": draw, ".txt": caption.encode}
             continue
         name = os.path.relpath(unit, Path(images).expanduser())
@@ -494,11 +495,11 @@ SHAPES = ("circle", "square", "triangle", "star")
 PATTERNS = ("plain", "striped", "checkered", "dotted")
 WORDS = ("harbor", "lantern", "meadow", "pebble", "thistle", "walnut", "copper", "violin",
          "saffron", "glacier", "marble", "orchard")
-SCENE = (1280, 720)    # width and height; everything told lies in the middle square
 
 
-def scene(seed, index):
-    """Scene number `index`: its exact caption, and a function that draws it as a PIL picture."""
+def scene(seed, index, lines=720):
+    """Scene number `index`: its exact caption, and a function that draws it as a PIL picture with
+    so many lines. All that is told lies in the middle square."""
     rng = random.Random(f"scene/{seed}/{index}")
     shape = rng.choice(SHAPES)
     pattern = rng.choice(PATTERNS)
@@ -507,7 +508,8 @@ def scene(seed, index):
     caption = f"a {color} {shape} on a {pattern} {ground} background"
     if word:
         caption += f', with the word "{word}"'
-    return caption, functools.partial(draw_scene, rng, shape, color, pattern, ground, word)
+    draw = functools.partial(draw_scene, rng, lines, shape, color, pattern, ground, word)
+    return caption, draw
 
 
 def told(caption):
@@ -516,23 +518,26 @@ def told(caption):
     return words[1], words[2], words[5], words[6]
 
 
-def draw_scene(rng, shape, color, pattern, ground, word):
-    w, h = SCENE
-    im = ramp(rng, ground, 0.85, 1.1)
-    im.paste(shade(ground, 0.66), mask=draw_marks(pattern, step=rng.randint(70, 110)))
-    outline = draw_outline(rng, shape)
-    figure = Image.new("L", SCENE)
+def draw_scene(rng, lines, shape, color, pattern, ground, word):
+    size = (lines * 16 // 9, lines)
+    unit = lines / 720                            # lengths below are of a scene with 720 lines
+    im = ramp(rng, size, ground, 0.85, 1.1)
+    step = round(unit * rng.randint(70, 110))
+    im.paste(shade(ground, 0.66), mask=draw_marks(size, pattern, step))
+    outline = [(size[0] / 2 + unit * x, size[1] / 2 + unit * y) for x, y in corners(rng, shape)]
+    figure = Image.new("L", size)
     ImageDraw.Draw(figure).polygon(outline, fill=255)
-    im.paste(ramp(rng, color, 0.8, 1.15), mask=figure)
+    im.paste(ramp(rng, size, color, 0.8, 1.15), mask=figure)
     draw = ImageDraw.Draw(im)
-    draw.line(outline + outline[:2], fill=shade(color, 0.5), width=5, joint="curve")
+    draw.line(outline + outline[:2], shade(color, 0.5), width=round(5 * unit), joint="curve")
     if word:
-        where = (w // 2 + rng.randint(-250, 60), rng.choice((20, h - 80)))
+        where = (size[0] / 2 + unit * rng.randint(-250, 60), unit * rng.choice((20, 640)))
         fill = rng.choice(("white", "black"))
-        draw.text(where, word, fill, ImageFont.load_default(rng.randint(34, 52)))
+        draw.text(where, word, fill, ImageFont.load_default(unit * rng.randint(34, 52)))
     # Edges as soft as a lens leaves them, and the grain of a sensor.
-    im = im.filter(ImageFilter.GaussianBlur(1))
-    grain = Image.frombytes("L", (w // 2, h // 2), rng.randbytes(w * h // 4)).resize(SCENE)
+    im = im.filter(ImageFilter.GaussianBlur(unit))
+    coarse = (size[0] // 2, size[1] // 2)
+    grain = Image.frombytes("L", coarse, rng.randbytes(coarse[0] * coarse[1])).resize(size)
     grain = grain.point([120 + value // 16 for value in range(256)])
     return ImageChops.add(im, Image.merge("RGB", (grain,) * 3), offset=-128)
 
@@ -541,20 +546,20 @@ def shade(name, brightness):
     return tuple(min(255, round(value * brightness)) for value in COLORS[name])
 
 
-def ramp(rng, name, dark, light):
+def ramp(rng, size, name, dark, light):
     """A gradient between two shades of a color, in one of four directions."""
-    mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(SCENE)
-    first = Image.new("RGB", SCENE, shade(name, dark))
-    return Image.composite(first, Image.new("RGB", SCENE, shade(name, light)), mask)
+    mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(size)
+    first = Image.new("RGB", size, shade(name, dark))
+    return Image.composite(first, Image.new("RGB", size, shade(name, light)), mask)
 
 
-def draw_marks(pattern, step):
+def draw_marks(size, pattern, step):
     """Mask of the ground's darker marks, `step` pixels apart."""
-    marks = Image.new("L", SCENE)
+    marks = Image.new("L", size)
     draw = ImageDraw.Draw(marks)
     half = step // 2
-    for column, x in enumerate(range(0, SCENE[0], step)):
-        for row, y in enumerate(range(0, SCENE[1], step)):
+    for column, x in enumerate(range(0, size[0], step)):
+        for row, y in enumerate(range(0, size[1], step)):
             if pattern == "dotted":
                 draw.ellipse((x, y, x + half, y + half), fill=255)
             if pattern == "striped":
@@ -564,19 +569,19 @@ def draw_marks(pattern, step):
     return marks
 
 
-def draw_outline(rng, shape):
-    """Corners (x, y) of a shape somewhere near the middle, a little turned."""
-    center_x = SCENE[0] // 2 + rng.randint(-110, 110)
-    center_y = SCENE[1] // 2 + rng.randint(-90, 90)
+def corners(rng, shape):
+    """Corners (x, y) of a shape a little turned, somewhere near (0, 0)."""
+    center_x = rng.randint(-110, 110)
+    center_y = rng.randint(-90, 90)
     radius = rng.randint(130, 200)
     turn = rng.uniform(-0.25, 0.25)
-    corners = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
+    count = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
     outline = []
-    for i in range(corners):
+    for i in range(count):
         reach = 1.0 if shape == "circle" else 1.15
         if shape == "star" and i % 2:
             reach = 0.48
-        angle = turn + math.pi * ((2 * i + (shape == "square")) / corners - 0.5)
+        angle = turn + math.pi * ((2 * i + (shape == "square")) / count - 0.5)
         outline.append((center_x + radius * reach * math.cos(angle),
                         center_y + radius * reach * math.sin(angle)))
     return outline

@@ -327,8 +327,54 @@ def build(a):
     return VAE(a)
 
 
+# ---------------- what training does with gradients and weights
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for weights with two or more dimensions (K. Jordan 2024,
+    kellerjordan.github.io/posts/muon). A convolution counts as a matrix (c_out, the rest), which
+    torch.optim.Muon does not take."""
+    def __init__(self, weights, lr, momentum=0.95):
+        super().__init__(weights, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                state = self.state[w]
+                if not state:
+                    state["average"] = torch.zeros_like(w.grad)
+                state["average"].lerp_(w.grad, 1 - group["momentum"])
+                g = w.grad.lerp(state["average"], group["momentum"])  # Nesterov's look ahead
+                g = g.flatten(1)
+                scale = max(1, g.shape[0] / g.shape[1]) ** 0.5
+                w.sub_(orthogonal(g).view(w.shape), alpha=group["lr"] * scale)
+
+
+def orthogonal(g):
+    """Nearly the orthogonal matrix closest to g: five rounds of Newton-Schulz, a polynomial that
+    brings every singular value close to 1."""
+    x = g.mT if g.shape[0] > g.shape[1] else g
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.mT if g.shape[0] > g.shape[1] else x
+
+
+def set_rates(optimizers, factor):
+    """Multiply the rates that optimizers were made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
+
+
+def falling(step, steps, share):
+    """A factor of the rate: 1, then down to 0 in a line over the last `share` of the steps."""
+    return min(1.0, (steps - step + 1) / max(1.0, share * steps))
+
+
 @torch.no_grad()
-def update_average(averaged, trained, step, decay):               # Table 2: EMA decay
+def update_average(averaged, trained, step, decay):  # Table 2: EMA decay
     """Move each averaged weight towards the trained one; step counts from 1."""
     # not in the paper: the usual warm-up, so that the random start is forgotten
     decay = min(decay, (1 + step) / (10 + step))

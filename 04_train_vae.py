@@ -42,6 +42,10 @@ class Training(data.TrainingRun, losses.Losses):
     steps: int = 1_000_000           # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
     accumulate: int = 1              # parts in which a process's share goes through memory
+    # muon: for convolutions and matrices, at a rate of its own; Adam for the rest
+    optimizer: Literal["adam", "muon"] = "adam"  # not in the paper: as in MoVQGAN
+    muon_lr: float = 5e-3            # not in the paper: best of a few short runs on scenes
+    decay: float = 0.0               # not in the paper: last share of steps, where rates fall to 0
     beta1: float = 0.5               # not in the paper: Adam as in MoVQGAN; low: the other moves
     beta2: float = 0.9               # not in the paper: Adam as in MoVQGAN
     clip: float = 1.0                # not in the paper: gradient norm; MoVQGAN clips each value
@@ -55,7 +59,7 @@ class Settings(Training, model.Architecture):
 
 
 DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=500, save_every=500, val_pictures=64,
-            latent_pictures=256)
+            latent_pictures=256, optimizer="muon", decay=1.0)
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
@@ -92,7 +96,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
                 disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
 
-def train_step(parts, vae, disc, perceptual, optimizer, disc_optimizer, s):
+def train_step(parts, vae, disc, perceptual, optimizers, s):
     """One step of both players; returns 0-d tensors for the log.
 
     parts: this process's share of the batch as (x, noise), of which one at a time is in memory.
@@ -109,9 +113,9 @@ def train_step(parts, vae, disc, perceptual, optimizer, disc_optimizer, s):
     data.average_gradients(judging)
     values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
     values["grad_disc"] = torch.nn.utils.clip_grad_norm_(judging, s.clip)
-    for player in (optimizer, disc_optimizer):
-        player.step()
-        player.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return values
 
 
@@ -143,9 +147,13 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
     # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
-    optimizer = torch.optim.Adam(trained, **adam)
-    disc_optimizer = torch.optim.Adam(disc.parameters(), **adam)
-    state = dict(model=vae, ema=ema, disc=disc, optimizer=optimizer, disc_optimizer=disc_optimizer)
+    matrices = [p for p in trained if s.optimizer == "muon" and p.ndim > 1]
+    rest = [p for p in trained if s.optimizer == "adam" or p.ndim == 1]
+    optimizers = dict(optimizer=torch.optim.Adam(rest, **adam),
+                      disc_optimizer=torch.optim.Adam(disc.parameters(), **adam))
+    if matrices:
+        optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
+    state = dict(model=vae, ema=ema, disc=disc, **optimizers)
     step = data.load_state(file, state)
     del file  # at the paper's size, gigabytes
     about = dict(stage=stage, settings=asdict(s), architecture=asdict(vae.architecture),
@@ -164,7 +172,8 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     since = step
     for step in range(step + 1, s.steps + 1):
         parts = load_parts(loader, vae, stage, step, device, s)
-        values = train_step(parts, forward, disc, perceptual, optimizer, disc_optimizer, s)
+        model.set_rates(optimizers.values(), model.falling(step, s.steps, s.decay))
+        values = train_step(parts, forward, disc, perceptual, optimizers.values(), s)
         model.update_average(averaged, trained, step, s.ema_decay)
         bar.update()
 

@@ -78,6 +78,10 @@ class Settings(data.TrainingRun, Network):
     beta2: float = 0.95        # Table 4
     eps: float = 1e-8          # Table 4
     weight_decay: float = 0.0  # Table 4
+    # muon: for the matrices of the blocks, at a rate of its own; AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Table 4
+    muon_lr: float = 0.02      # not in the paper: as its author found for transformers
+    decay: float = 0.0         # not in the paper: last share of steps, where rates fall to 0
     clip_norm: float = 1.0     # Table 4: gradient clipping
     warmup: int = 1000         # Table 4: steps to the full rate, constant after
     t_shift: float = 1.0       # not in the paper: t is logit-normal as in SD 3, shifted by this
@@ -104,9 +108,9 @@ PRESETS = {
         steps=20_000, batch=256, lr=3e-4, ema_decay=0.999),
     "demo": SCENES | dict(
         width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, head_axes=(8, 12, 12),
-        text_width=64, text_length=32, size=96, steps=750, batch=64, lr=2e-3, ema_decay=0.99,
-        warmup=100, precision="fp32", val_prompts=80, sample_steps=16, guidance=3.0,
-        val_every=250, save_every=250),
+        text_width=64, text_length=32, size=96, steps=1600, batch=32, lr=2e-3, ema_decay=0.99,
+        optimizer="muon", decay=0.7, t_shift=4.0, warmup=100, precision="fp32", val_prompts=80,
+        sample_steps=16, guidance=3.0, val_every=400, save_every=400),
 }
 
 
@@ -615,7 +619,7 @@ def collate(items, length):
 
 # ---------------- training
 
-def train_step(parts, net, optimizer, window, step, autocast, s):
+def train_step(parts, net, optimizers, window, step, autocast, s):
     """One step on this process's share of the batch; returns the norm of the gradient.
 
     parts: (x, noise, t, tokens, mask, pooled), one at a time in memory. window (2, 4): sums and
@@ -631,10 +635,11 @@ def train_step(parts, net, optimizer, window, step, autocast, s):
     weights = list(net.parameters())
     data.average_gradients(weights)
     norm = torch.nn.utils.clip_grad_norm_(weights, s.clip_norm)  # Table 4
-    for group in optimizer.param_groups:
-        group["lr"] = s.lr * min(1.0, step / max(1, s.warmup))  # Table 4: constant + warmup
-    optimizer.step()
-    optimizer.zero_grad()
+    rate = min(1.0, step / max(1, s.warmup))  # Table 4: constant + warmup
+    model.set_rates(optimizers, rate * model.falling(step, s.steps, s.decay))
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return norm
 
 
@@ -646,10 +651,15 @@ def train(s, out, vae, vae_parent, folder, device, file):
     net = build(s).to(device)
     net.checkpointing = s.checkpointing
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
-                                  weight_decay=s.weight_decay,  # Table 4
-                                  fused=device.type in ("cuda", "cpu"))
-    state = dict(model=net, ema=ema, optimizer=optimizer)
+    matrices = [p for p in (*net.refiner.parameters(), *net.blocks.parameters())
+                if s.optimizer == "muon" and p.ndim > 1]
+    taken = set(matrices)
+    optimizers = dict(optimizer=torch.optim.AdamW(
+        [p for p in net.parameters() if p not in taken], lr=s.lr, betas=(s.beta1, s.beta2),
+        eps=s.eps, weight_decay=s.weight_decay, fused=device.type in ("cuda", "cpu")))  # Table 4
+    if matrices:
+        optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
+    state = dict(model=net, ema=ema, **optimizers)
     step = data.load_state(file, state)
     window = torch.zeros(2, 4, device=device)
     if file and rank == 0:
@@ -671,7 +681,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
     for step in range(step + 1, s.steps + 1):
         parts = ([v.to(device, non_blocking=True) for v in next(loader)]
                  for _ in range(s.accumulate))
-        norm = train_step(parts, forward, optimizer, window, step, autocast, s)
+        norm = train_step(parts, forward, optimizers.values(), window, step, autocast, s)
         model.update_average(ema.parameters(), net.parameters(), step, s.ema_decay)
         bar.update()
 
