@@ -64,7 +64,7 @@ SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
     "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
-    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1500),
+    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1300),
 }
 
 

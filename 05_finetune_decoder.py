@@ -31,7 +31,7 @@ class Settings(training.Training):
     peer: str = ""          # whose --vae is where the file does not tell: flux, sd3, sd1 or sdxl
 
 
-DEMO = dict(steps=300, val_every=150, save_every=150, muon_lr=2e-3)
+DEMO = dict(steps=260, val_every=130, save_every=130, muon_lr=2e-3)
 PRESETS = {
     "paper": {},
     "small": losses.PRESETS["small"] | training.SMALL | dict(steps=30_000),
