@@ -23,7 +23,8 @@ REFERENCE = ROOT / "tests" / "reference_dit.json"
 NETWORK = dict(width=48, ff_width=96, time_width=24, blocks=2, refiner_blocks=1, head_axes=(4, 10, 10), text_width=32, pooled_width=24,
                latent_channels=4, text_encoder="bytes", text_length=12)
 TRAINING = dict(size=48, batch=8, lr=1e-3, warmup=2, ema_decay=0.9, precision="fp32", workers=0, log_every=1, val_every=4, save_every=2,
-                val_prompts=4, sample_steps=2, guidance=2.0, shift=3.0, t_shift=1.0, clip_score="")
+                val_prompts=4, sample_steps=2, guidance=2.0, shift=3.0, t_shift=1.0, clip_score="",
+                optimizer="adamw", decay=0.0)
 FLAGS = [part for k, v in (NETWORK | TRAINING).items() for part in ("--" + k.replace("_", "-"), *(map(str, v) if isinstance(v, tuple) else [str(v)]))]
 PROMPTS = ["a red star", "", "a small cyan circle on a dotted yellow background", "word " * 40]
 

@@ -13,7 +13,7 @@ def finetune():
 
 
 def settings(finetune, run, **more):
-    base = dict(run=str(run), batch=4, crop=32, disc_width=8, workers=0, latent_pictures=8, log_every=1, val_every=4, val_pictures=4, save_every=2, lr=1e-3, steps=4)
+    base = dict(run=str(run), batch=4, crop=32, disc_width=8, workers=0, latent_pictures=8, log_every=1, val_every=4, val_pictures=4, save_every=2, lr=1e-3, steps=4, optimizer="adam", decay=0.0)
     return finetune.Settings(**(finetune.PRESETS["demo"] | base | more))
 
 

@@ -391,3 +391,45 @@ if __name__ == "__main__":
         numbers[kind] = {k: [float(f"{v:.8g}") for v in t.flatten().tolist()] for k, t in outputs(kind, encode, decode).items()}
     REFERENCE.write_text(json.dumps(numbers))
     print(f"wrote {REFERENCE}")
+
+
+def test_muon_is_torchs_on_matrices(model):
+    """Four steps on tall, wide and square matrices beside torch.optim.Muon, which multiplies in
+    bfloat16: equal to its rounding. A convolution moves as the matrix (c_out, the rest)."""
+    torch.manual_seed(0)
+    for shape in ((64, 32), (32, 64), (48, 48)):
+        ours = torch.nn.Parameter(torch.randn(shape))
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        conv = torch.nn.Parameter(ours.detach().clone().unflatten(1, (-1, 4, 4)))
+        start = ours.detach().clone()
+        optimizers = (model.Muon([ours], 0.02), model.Muon([conv], 0.02),
+                      torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0))
+        for _ in range(4):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            conv.grad = ours.grad.clone().view(conv.shape)
+            for optimizer in optimizers:
+                optimizer.step()
+        moved = (theirs - start).norm()
+        assert moved > 0.1 and (ours - theirs).norm() < 0.03 * moved
+        torch.testing.assert_close(conv.flatten(1), ours)
+
+
+def test_orthogonal(model):
+    """Singular values, from 0.05 of the largest up, come close to 1; the singular vectors stay."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(24, 16), full_matrices=False)
+    made = model.orthogonal(u * torch.linspace(1, 0.05, 16) @ v)
+    s = torch.diagonal(u.mT @ made @ v.mT)
+    assert 0.6 < s.min() and s.max() < 1.25
+    torch.testing.assert_close(u * s @ v, made, atol=1e-4, rtol=0)
+
+
+def test_rates(model):
+    assert [model.falling(step, 8, 0.5) for step in (1, 4, 5, 6, 7, 8)] == [1, 1, 1, 0.75, 0.5, 0.25]
+    assert model.falling(1, 4, 1.0) == 1 and model.falling(4, 4, 1.0) == 0.25
+    assert model.falling(8, 8, 0.0) == 1
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    model.set_rates([optimizer], 0.5)
+    model.set_rates([optimizer], 0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)

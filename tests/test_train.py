@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT, command, killed, refused
 
 FLAGS = ["--width", "8", "--groups", "4", "--batch", "4", "--crop", "32", "--disc-width", "8", "--workers", "0", "--latent-pictures", "8",
-         "--log-every", "1", "--val-every", "4", "--val-pictures", "4", "--save-every", "2", "--lr", "1e-3"]
+         "--log-every", "1", "--val-every", "4", "--val-pictures", "4", "--save-every", "2", "--lr", "1e-3", "--optimizer", "adam", "--decay", "0"]
 
 
 def settings(train, run, **more):
     base = dict(run=str(run), width=8, groups=4, batch=4, crop=32, disc_width=8, workers=0, latent_pictures=8, log_every=1, val_every=4,
-                val_pictures=4, save_every=2, lr=1e-3, steps=4)
+                val_pictures=4, save_every=2, lr=1e-3, steps=4, optimizer="adam", decay=0.0)
     return train.Settings(**(train.PRESETS["demo"] | base | more))
 
 
@@ -169,6 +169,42 @@ def test_accumulation_is_the_whole_batch(train, run, whole):
     follows(run, whole)
 
 
+def test_muon_resumes_exactly(train, run, monkeypatch):
+    """Stopped between two checkpoints, with a rate that falls: bit for bit the run that was not."""
+    muon = settings(train, run, optimizer="muon", decay=0.5, steps=6, save_every=2)
+    train.main(muon)
+    whole = checkpoint(run)
+    (run / "vae.pt").unlink()
+    real = train.train_step
+    steps = iter(range(5))
+
+    def interrupted(*inputs):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*inputs)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(muon)
+    assert checkpoint(run)["step"] == 4
+    monkeypatch.setattr(train, "train_step", real)
+    train.main(muon)
+    same(checkpoint(run), whole)
+    assert whole["muon_optimizer"]["param_groups"][0]["lr"] == pytest.approx(5e-3 / 3)
+    matrices = [w for w in whole["disc"].values() if w.ndim > 1]
+    assert len(whole["disc_optimizer"]["state"]) > len(matrices) > 0
+
+
+def test_muon_accumulates(train, run):
+    """Four parts of a picture each are a batch of four."""
+    muon = dict(optimizer="muon", steps=3, save_every=3)
+    train.main(settings(train, run, **muon))
+    whole = checkpoint(run)
+    (run / "vae.pt").unlink()
+    train.main(settings(train, run, accumulate=4, **muon))
+    close(checkpoint(run), whole, 2e-3)
+
+
 def test_two_processes_are_one(run, whole):
     """torchrun with two processes (gloo), half of the batch each."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "04_train_vae.py",
@@ -179,14 +215,14 @@ def test_two_processes_are_one(run, whole):
 
 
 def test_three_processes_resume_exactly(run, whole):
-    """8 steps against 5 and 3, with three processes: equal bit for bit (DistributedDataParallel was not)."""
+    """8 steps against 5 and 3, with three processes and Muon: equal bit for bit (DistributedDataParallel was not)."""
     code = """
 import importlib, sys
 sys.path.insert(0, sys.argv[1])
 data, train = importlib.import_module("01_data"), importlib.import_module("04_train_vae")
 data.finish = lambda: None                            # the three runs share one process group
 more = dict(width=8, groups=4, batch=6, crop=32, disc_width=8, workers=0, latent_pictures=4, log_every=1, val_every=4,
-            val_pictures=4, save_every=5)
+            val_pictures=4, save_every=5, decay=0.0)
 for folder, steps in ((sys.argv[2], 8), (sys.argv[3], 5), (sys.argv[3], 8)):
     train.main(train.Settings(**(train.PRESETS["demo"] | more | dict(run=folder, steps=steps))))
     data.dist.barrier()                               # the first process writes the checkpoint
