@@ -1,6 +1,8 @@
 """Shared by all tests: the scripts as modules, a prepared data folder, and a runner for command lines. CPU, offline, tiny."""
 import importlib
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -59,16 +61,57 @@ def command(*args, check=None, env=None, timeout=120):
     return done
 
 
+# Forked from a process that has PyTorch imported already: each start would take seconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2.functional", "lpips"])
+
+
+def started(line, printed, threads=2):
+    """A script in a process of its own, in a session of its own, as `python *line` would run it.
+    What it prints goes into the file `printed`."""
+    process = SERVER.Process(target=run_script, args=(list(map(str, line)), str(printed), threads))
+    process.start()
+    return process
+
+
+def run_script(line, printed, threads):
+    os.setsid()
+    os.chdir(ROOT)
+    with open(printed, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(threads)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = line
+    code = 0
+    try:
+        runpy.run_path(line[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    # Raised anew: the first one's traceback would keep the loader, and its workers, alive.
+    raise SystemExit(code)
+
+
+def finished(process, printed, code=0):
+    """Wait for its end; it must exit with `code`. Returns what it printed."""
+    process.join(120)
+    text = Path(printed).read_text()
+    assert process.exitcode == code, text[-3000:]
+    return text
+
+
 def killed(line, run, counts):
-    """Run a command line again and again, and kill -9 it when RUN/log.jsonl has so many lines; the last time it may end."""
+    """Run a command line again and again, and kill -9 it when RUN/log.jsonl has so many lines; the
+    last time it may end."""
     log = Path(run, "log.jsonl")
+    printed = Path(run, "printed.txt")
     for count in counts:
-        process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < count):
+        process = started(line, printed)
+        while process.is_alive() and (not log.exists() or len(log.read_text().splitlines()) < count):
             time.sleep(0.002)
         process.kill()
-        process.wait()
-    command(*line, check=0)
+        process.join()
+    finished(started(line, printed), printed)
 
 
 def refused(call, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, killed, refused
+from conftest import ROOT, finished, killed, refused, started
 from PIL import Image
 from test_model import formula_picture, formula_weights
 from test_train import same
@@ -553,13 +553,15 @@ def test_resume_after_kill_is_exact(run, whole):
 
 def test_signal_saves(run, whole):
     """SIGTERM between two lines of the log: saved, and the losses since that line are not lost."""
-    line = [sys.executable, "07_train_dit.py", "--run", str(run), *FLAGS, "--save-every", "100", "--log-every", "4", "--steps", "2000", "--val-every", "4000"]
-    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    line = ["07_train_dit.py", "--run", run, *FLAGS, "--save-every", "100", "--log-every", "4",
+            "--steps", "2000", "--val-every", "4000"]
+    printed = run / "printed.txt"
+    process = started(line, printed)
     while not (run / "log.jsonl").exists():
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in err and "Traceback" not in err, err
+    os.kill(process.pid, signal.SIGTERM)
+    text = finished(process, printed, 128 + signal.SIGTERM)
+    assert "the same command goes on" in text and "Traceback" not in text, text
     file = checkpoint(run)
     assert 4 <= file["step"] < 2000 and file["window"][1].sum() == 8 * (file["step"] % 4)
 

@@ -1,14 +1,16 @@
 """04_train_vae.py: exact resume after kill -9, processes and accumulation, isolation of the two players, signals, bad numbers."""
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, command, killed, refused
+from conftest import ROOT, SERVER, command, finished, killed, refused, started
 
 FLAGS = ["--width", "8", "--groups", "4", "--batch", "4", "--crop", "32", "--disc-width", "8", "--workers", "0", "--latent-pictures", "8",
          "--log-every", "1", "--val-every", "4", "--val-pictures", "4", "--save-every", "2", "--lr", "1e-3", "--optimizer", "adam", "--decay", "0"]
@@ -123,18 +125,22 @@ def test_longer_run_goes_on(train, run, whole):
         same(a[part], b[part], part)
 
 
-def test_signals_save(run, whole, number=signal.SIGINT, workers="2"):
-    """Ctrl-C to the whole process group, as a terminal sends it (SIGTERM: test_dit.py): saved, one sentence, and it goes on exactly."""
-    line = [sys.executable, "04_train_vae.py", "--run", str(run), *FLAGS, "--steps", "8", "--save-every", "100", "--workers", workers]
-    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_signals_save(run, whole):
+    """Ctrl-C to the whole process group, as a terminal sends it (SIGTERM: test_dit.py): saved, one
+    sentence, and it goes on exactly."""
+    line = ["04_train_vae.py", "--run", run, *FLAGS, "--steps", "8", "--save-every", "100",
+            "--workers", "2"]
+    printed = run / "printed.txt"
+    process = started(line, printed)
     while not (run / "log.jsonl").exists():
         time.sleep(0.005)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in err and "the same command goes on" in err, err
+    os.killpg(process.pid, signal.SIGINT)
+    text = finished(process, printed, 128 + signal.SIGINT)
+    assert "Traceback" not in text and "the same command goes on" in text, text
     assert 0 < checkpoint(run)["step"] < 8
-    command(*line[1:], check=0)
-    same(checkpoint(run), checkpoint(whole) | {"settings": checkpoint(whole)["settings"] | {"workers": int(workers)}})
+    finished(started(line, printed), printed)
+    expected = checkpoint(whole)
+    same(checkpoint(run), expected | {"settings": expected["settings"] | {"workers": 2}})
 
 
 def test_contradicting_flags(train, run, capsys):
@@ -214,34 +220,48 @@ def test_two_processes_are_one(run, whole):
     follows(run, whole)
 
 
-def test_three_processes_resume_exactly(run, whole):
-    """8 steps against 5 and 3, with three processes and Muon: equal bit for bit (DistributedDataParallel was not)."""
-    code = """
-import importlib, sys
-sys.path.insert(0, sys.argv[1])
-data, train = importlib.import_module("01_data"), importlib.import_module("04_train_vae")
-data.finish = lambda: None                            # the three runs share one process group
-more = dict(width=8, groups=4, batch=6, crop=32, disc_width=8, workers=0, latent_pictures=4, log_every=1, val_every=4,
-            val_pictures=4, save_every=5, decay=0.0)
-for folder, steps in ((sys.argv[2], 8), (sys.argv[3], 5), (sys.argv[3], 8)):
-    train.main(train.Settings(**(train.PRESETS["demo"] | more | dict(run=folder, steps=steps))))
-    data.dist.barrier()                               # the first process writes the checkpoint
-"""
+def one_of_three(rank, port, run, other):
+    """One process of three: 8 steps in `run`, 5 and then 3 in `other`."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    data = importlib.import_module("01_data")
+    train = importlib.import_module("04_train_vae")
+    data.finish = data.dist.barrier           # one group for all; the first process writes
+    for folder, steps in ((run, 8), (other, 5), (other, 8)):
+        train.main(settings(train, folder, steps=steps, optimizer="muon", batch=6, save_every=5))
+
+
+def test_three_processes_resume_exactly(run):
+    """8 steps against 5 and 3, with three processes and Muon: equal bit for bit
+    (DistributedDataParallel was not)."""
     other = run / "in two parts"
     other.mkdir()
     (other / "data").symlink_to(run / "data")
-    (run / "three.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--", str(run / "three.py"), str(ROOT), str(run), str(other)],
-                          cwd=run, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = [SERVER.Process(target=one_of_three, args=(rank, port, run, other))
+             for rank in range(3)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(120)
+    assert [process.exitcode for process in group] == [0, 0, 0]
     same(checkpoint(run), checkpoint(other))
-    trained = lambda rows: [{k: v for k, v in row.items() if not k.startswith("val_")} for row in rows]     # a run's last step looks
-    assert trained(log(run)) == trained(log(other)) and len(log(run)) == 8
+    rows = [without_looks(log(folder)) for folder in (run, other)]
+    assert rows[0] == rows[1] and len(rows[0]) == 8
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_loader_workers_by_other_start_methods(run, method):
-    """04, 05 and 07 with two workers each: all that a worker needs can be pickled. (Linux's default is forkserver from Python 3.14 on.)"""
+def without_looks(rows):
+    """Less what a look at validation pictures found, which a run's last step has always."""
+    return [{k: v for k, v in row.items() if not k.startswith("val_")} for row in rows]
+
+
+def test_loader_workers_by_other_start_methods(prepared, tmp_path):
+    """04, 05 and 07 with two workers each: all that a worker needs can be pickled. (Linux's default
+    is forkserver from Python 3.14 on.) Both methods beside each other."""
     code = """
 import importlib, multiprocessing, sys
 multiprocessing.set_start_method(sys.argv[1])
@@ -249,14 +269,25 @@ multiprocessing.set_forkserver_preload(["torch", "torchvision"])
 data = importlib.import_module("01_data")
 common = dict(run=sys.argv[2], workers=2, steps=1)
 small = dict(crop=32, disc_width=8, latent_pictures=4, val_pictures=4, batch=4)
-for name, more in (("04_train_vae", small | dict(width=8, groups=4)), ("05_finetune_decoder", small),
-                   ("07_train_dit", dict(size=48, batch=4, width=48, ff_width=48, head_axes=(4, 10, 10), blocks=1, val_prompts=2, sample_steps=1))):
+width = dict(width=48, ff_width=48, head_axes=(4, 10, 10), blocks=1)
+stages = {"04_train_vae": small | dict(width=8, groups=4), "05_finetune_decoder": small,
+          "07_train_dit": width | dict(size=48, batch=4, val_prompts=2, sample_steps=1)}
+for name, more in stages.items():
     stage = importlib.import_module(name)
     stage.main(stage.Settings(**(stage.PRESETS["demo"] | common | more)))
 """
-    done = subprocess.run([sys.executable, "-c", code, method, str(run)], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all((run / name).is_file() for name in ("vae.pt", "vae_finetuned.pt", "dit.pt"))
+    started = {}
+    for method in ("spawn", "forkserver"):
+        run = tmp_path / method
+        run.mkdir()
+        (run / "data").symlink_to(prepared / "data")
+        started[run] = subprocess.Popen([sys.executable, "-c", code, method, str(run)], cwd=ROOT,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for run, process in started.items():
+        _, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err[-3000:]
+        assert all((run / name).is_file() for name in ("vae.pt", "vae_finetuned.pt", "dit.pt"))
 
 
 def test_average_by_value(train, model, run):
