@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"                       # transformers, where it is installed, would ask the network several times
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def run(prepared, tmp_path):
 def command(*args, check=None, env=None, timeout=120):
     """Run a script as a user would; returns the finished process, and fails unless its exit code is `check`."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "2"} | (env or {}))
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
     return done
@@ -66,7 +66,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2.functional", "lpips"])
 
 
-def started(line, printed, threads=2):
+def started(line, printed, threads=1):
     """A script in a process of its own, in a session of its own, as `python *line` would run it.
     What it prints goes into the file `printed`."""
     process = SERVER.Process(target=run_script, args=(list(map(str, line)), str(printed), threads))
