@@ -57,7 +57,7 @@ class Run:
     run: str = ""          # folder that all stages share [runs/PRESET]
     seed: int = 0          # all that is random follows from it
     device: str = "auto"   # cuda, mps or cpu; auto: the first of them that is there
-    workers: int = -1      # processes that read pictures; -1: 8 beside a GPU, 0 on a CPU
+    workers: int = -1      # to read pictures with; -1: 8 beside a GPU, else 0; in 01 one per core
     dry_run: bool = False  # print the settings (and parameter counts) as JSON and stop
 
 
