@@ -330,7 +330,7 @@ def find_units(images, own=None):
     return units
 
 
-def pictures(units, images, seed=0, lines=720):
+def pictures(units, images, seed=0, lines=Settings.min_side):
     """Yield (name, parts) of each picture in some units; see prepare for what parts are."""
     for unit in units:
         if isinstance(unit, int):
@@ -497,7 +497,7 @@ WORDS = ("harbor", "lantern", "meadow", "pebble", "thistle", "walnut", "copper",
          "saffron", "glacier", "marble", "orchard")
 
 
-def scene(seed, index, lines=720):
+def scene(seed, index, lines=Settings.min_side):
     """Scene number `index`: its exact caption, and a function that draws it as a PIL picture with
     so many lines. All that is told lies in the middle square."""
     rng = random.Random(f"scene/{seed}/{index}")

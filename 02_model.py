@@ -31,17 +31,17 @@ data = importlib.import_module("01_data")  # a module name may not start with a 
 @dataclass(frozen=True)
 class Architecture:
     """What a checkpoint must carry to build its network again."""
-    width: int = 128  # not in the paper: as in MoVQGAN-67M, the smallest base model
+    width: int = 128                # not in the paper: as in MoVQGAN-67M, the smallest base model
     width_mult: tuple[int, ...] = (1, 2, 2, 4)  # not in the paper: as in MoVQGAN; hence f = 8
-    res_blocks: int = 2  # not in the paper: ResNet blocks per level, as in MoVQGAN-67M
+    res_blocks: int = 2             # not in the paper: ResNet blocks per level, as in MoVQGAN-67M
     attention_levels: tuple[int, ...] = (3,)  # not in the paper: the last level, as in MoVQGAN
     latent_channels: int = 16       # Table 2: latent dimension d_z
     padding: Literal["reflect", "zeros"] = "reflect"  # Sec. 5.2: reflect cures the corner artifact
     decoder_norm: Literal["spatial", "group"] = "spatial"  # Sec. 5.2: spatial cures droplets
-    groups: int = 32  # not in the paper: groups of GroupNorm, as in MoVQGAN
+    groups: int = 32                # not in the paper: groups of GroupNorm, as in MoVQGAN
     quant_conv: bool = False        # 1x1 convolutions around the latent, which older peers have
     double_z: bool = True           # Sec. 3.2: mean and log-variance; False: a VQ peer's mean alone
-    codebook: int = 0  # size of a VQ peer's codebook; 0: none, as in Sec. 3.2
+    codebook: int = 0               # size of a VQ peer's codebook; 0: none, as in Sec. 3.2
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def norm_swish(norm, x, z=None):              # Fig. 7: before each convolution, a norm and swish
+def norm_swish(norm, x, z=None):  # Fig. 7: before each convolution, a norm and swish
     if norm.fast:
         return fast_norm_swish(norm, x, z)  # the same, faster: at the end of this file
     return F.silu(norm(x, z))
 
 
-class Conv3x3(nn.Conv2d):                     # Sec. 5.2, corner artifact: "reflect" is the cure
+class Conv3x3(nn.Conv2d):  # Sec. 5.2, corner artifact: "reflect" is the cure
     fast = True
 
     def __init__(self, c_in, c_out, a):
@@ -109,7 +109,7 @@ class Conv3x3(nn.Conv2d):                     # Sec. 5.2, corner artifact: "refl
         return super().forward(x)
 
 
-class ResBlock(nn.Module):                    # Fig. 7
+class ResBlock(nn.Module):  # Fig. 7
     def __init__(self, c_in, c_out, norm, a):
         super().__init__()
         self.norm1 = norm(c_in, a)
@@ -124,7 +124,7 @@ class ResBlock(nn.Module):                    # Fig. 7
         return y + self.nin_shortcut(x)  # (b, c_out, ., .)
 
 
-class AttnBlock(nn.Module):                   # Fig. 8: self-attention over all positions, one head
+class AttnBlock(nn.Module):  # Fig. 8: self-attention over all positions, one head
     def __init__(self, channels, norm, a):
         super().__init__()
         self.norm = norm(channels, a)
@@ -345,7 +345,7 @@ class Muon(torch.optim.Optimizer):
                     state["average"] = torch.zeros_like(w.grad)
                 state["average"].lerp_(w.grad, 1 - group["momentum"])
                 g = w.grad.lerp(state["average"], group["momentum"])  # Nesterov's look ahead
-                g = g.flatten(1)
+                g = g.flatten(1)  # (c_out, the rest)
                 scale = max(1, g.shape[0] / g.shape[1]) ** 0.5
                 w.sub_(orthogonal(g).view(w.shape), alpha=group["lr"] * scale)
 
@@ -353,12 +353,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(g):
     """Nearly the orthogonal matrix closest to g: five rounds of Newton-Schulz, a polynomial that
     brings every singular value close to 1."""
-    x = g.mT if g.shape[0] > g.shape[1] else g
+    tall = g.shape[0] > g.shape[1]
+    x = g.mT if tall else g
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-    return x.mT if g.shape[0] > g.shape[1] else x
+    return x.mT if tall else x
 
 
 def set_rates(optimizers, factor):

@@ -148,7 +148,8 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
     matrices = [p for p in trained if s.optimizer == "muon" and p.ndim > 1]
-    rest = [p for p in trained if s.optimizer == "adam" or p.ndim == 1]
+    taken = set(matrices)
+    rest = [p for p in trained if p not in taken]
     optimizers = dict(optimizer=torch.optim.Adam(rest, **adam),
                       disc_optimizer=torch.optim.Adam(disc.parameters(), **adam))
     if matrices:

@@ -619,7 +619,7 @@ def collate(items, length):
 
 # ---------------- training
 
-def train_step(parts, net, optimizers, window, step, autocast, s):
+def train_step(parts, net, optimizers, window, autocast, s):
     """One step on this process's share of the batch; returns the norm of the gradient.
 
     parts: (x, noise, t, tokens, mask, pooled), one at a time in memory. window (2, 4): sums and
@@ -635,8 +635,6 @@ def train_step(parts, net, optimizers, window, step, autocast, s):
     weights = list(net.parameters())
     data.average_gradients(weights)
     norm = torch.nn.utils.clip_grad_norm_(weights, s.clip_norm)  # Table 4
-    rate = min(1.0, step / max(1, s.warmup))  # Table 4: constant + warmup
-    model.set_rates(optimizers, rate * model.falling(step, s.steps, s.decay))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -654,9 +652,11 @@ def train(s, out, vae, vae_parent, folder, device, file):
     matrices = [p for p in (*net.refiner.parameters(), *net.blocks.parameters())
                 if s.optimizer == "muon" and p.ndim > 1]
     taken = set(matrices)
-    optimizers = dict(optimizer=torch.optim.AdamW(
-        [p for p in net.parameters() if p not in taken], lr=s.lr, betas=(s.beta1, s.beta2),
-        eps=s.eps, weight_decay=s.weight_decay, fused=device.type in ("cuda", "cpu")))  # Table 4
+    rest = [p for p in net.parameters() if p not in taken]
+    adamw = torch.optim.AdamW(rest, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
+                              weight_decay=s.weight_decay,  # Table 4
+                              fused=device.type in ("cuda", "cpu"))
+    optimizers = dict(optimizer=adamw)
     if matrices:
         optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
     state = dict(model=net, ema=ema, **optimizers)
@@ -681,7 +681,10 @@ def train(s, out, vae, vae_parent, folder, device, file):
     for step in range(step + 1, s.steps + 1):
         parts = ([v.to(device, non_blocking=True) for v in next(loader)]
                  for _ in range(s.accumulate))
-        norm = train_step(parts, forward, optimizers.values(), window, step, autocast, s)
+        rising = min(1.0, step / max(1, s.warmup))  # Table 4: constant + warmup
+        factor = rising * model.falling(step, s.steps, s.decay)
+        model.set_rates(optimizers.values(), factor)
+        norm = train_step(parts, forward, optimizers.values(), window, autocast, s)
         model.update_average(ema.parameters(), net.parameters(), step, s.ema_decay)
         bar.update()
 

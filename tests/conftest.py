@@ -66,22 +66,20 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2.functional", "lpips"])
 
 
-def started(line, printed, threads=1):
+def started(line, printed):
     """A script in a process of its own, in a session of its own, as `python *line` would run it.
     What it prints goes into the file `printed`."""
-    process = SERVER.Process(target=run_script, args=(list(map(str, line)), str(printed), threads))
+    process = SERVER.Process(target=run_script, args=(list(map(str, line)), str(printed)))
     process.start()
     return process
 
 
-def run_script(line, printed, threads):
+def run_script(line, printed):
     os.setsid()
     os.chdir(ROOT)
     with open(printed, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
-    torch.set_num_threads(threads)
-    sys.path.insert(0, str(ROOT))
     sys.argv = line
     code = 0
     try:

@@ -34,14 +34,17 @@ def main(s):
     crop = min(losses.Settings.crop, s.resize // 2)
     rows = []
     tiles = []
-    for _, parts in data.pictures(units[::max(1, len(units) // 16)], s.images, s.seed):
+    some = units[::max(1, len(units) // 16)]
+    for _, parts in data.pictures(some, s.images, s.seed, s.min_side):
         try:
             full, _ = data.to_rgb(parts["picture"], s.min_side, s.max_pixels)
-        except Exception:                        # 01_data.py lists what is broken; passed over
+        except Exception:  # 01_data.py lists what is broken; passed over
             continue
-        crops = [center(full, how, s.resize, crop) for how in WAYS.values()]
+        coarse = data.resize_shorter(full, s.resize // 4).float()
+        small = [resized(full, how, s.resize) for how in WAYS.values()]
+        crops = [data.center_crop(picture, crop) for picture in small]
         energies = [energy(picture) for picture in crops]
-        aliasing = [alias(full, how, s.resize) for how in WAYS.values()]
+        aliasing = [alias(picture, coarse) for picture in small]
         rows.append([(e, e / energies[-1], a) for e, a in zip(energies, aliasing)])
         tiles += crops
         if len(rows) == 16:
@@ -64,18 +67,14 @@ def resized(full, how, side):
     return data.resize_shorter(full, side, how)
 
 
-def center(full, how, side, crop):
-    return data.center_crop(resized(full, how, side), crop)
-
-
 def energy(picture):
     gray = evaluation.gray(picture[None].float())[0]
     return evaluation.high_frequencies(gray).abs().square().sum().item()
 
 
-def alias(full, how, side):
-    coarse = data.resize_shorter(full, side // 4).float()
-    small = data.resize_shorter(resized(full, how, side), side // 4).float()
+def alias(picture, coarse):
+    """What is left of `picture` against the original at the size of `coarse`, in gray levels."""
+    small = data.resize_shorter(picture, min(coarse.shape[1:])).float()
     return (small - coarse).square().mean().sqrt().item()
 
 

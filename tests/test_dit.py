@@ -551,6 +551,35 @@ def test_resume_after_kill_is_exact(run, whole):
     assert log(run) == log(whole)
 
 
+def test_muon_resumes_exactly(dit, run, monkeypatch):
+    """Stopped between two checkpoints, with a rate that falls: bit for bit the run that was not.
+    Muon has the matrices of the blocks, AdamW everything else."""
+    muon = settings(dit, run, optimizer="muon", decay=0.5, steps=6)
+    dit.main(muon)
+    whole = checkpoint(run)
+    (run / "dit.pt").unlink()
+    real = dit.train_step
+    steps = iter(range(5))
+
+    def interrupted(*inputs):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*inputs)
+
+    monkeypatch.setattr(dit, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dit.main(muon)
+    assert checkpoint(run)["step"] == 4
+    monkeypatch.setattr(dit, "train_step", real)
+    dit.main(muon)
+    same(checkpoint(run), whole)
+    assert whole["muon_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.02 / 3)
+    matrices = [name for name, w in whole["model"].items()
+                if w.ndim > 1 and name.startswith(("refiner.", "blocks."))]
+    assert len(whole["muon_optimizer"]["state"]) == len(matrices)
+    assert len(whole["optimizer"]["state"]) == len(whole["model"]) - len(matrices)
+
+
 def test_signal_saves(run, whole):
     """SIGTERM between two lines of the log: saved, and the losses since that line are not lost."""
     line = ["07_train_dit.py", "--run", run, *FLAGS, "--save-every", "100", "--log-every", "4",

@@ -379,20 +379,6 @@ def test_table(model, capsys):
     assert "receptive field" in printed
 
 
-if __name__ == "__main__":
-    import importlib
-    ours, numbers = importlib.import_module("02_model"), {}
-    for kind, net in reference_networks().items():
-        weights, theirs = formula_network(ours, kind).state_dict(), net.state_dict()
-        assert {to_compvis(k) for k in theirs} == set(weights)
-        net.load_state_dict({k: weights[to_compvis(k)].reshape(w.shape) for k, w in theirs.items()})
-        encode = (lambda x: net.encode(x).latent_dist.mean) if kind == "kl" else (lambda x: net.encode(x).latents)
-        decode = (lambda z: net.decode(z).sample) if kind == "kl" else (lambda z: net.decoder(net.post_quant_conv(z), z))
-        numbers[kind] = {k: [float(f"{v:.8g}") for v in t.flatten().tolist()] for k, t in outputs(kind, encode, decode).items()}
-    REFERENCE.write_text(json.dumps(numbers))
-    print(f"wrote {REFERENCE}")
-
-
 def test_muon_is_torchs_on_matrices(model):
     """Four steps on tall, wide and square matrices beside torch.optim.Muon, which multiplies in
     bfloat16: equal to its rounding. A convolution moves as the matrix (c_out, the rest)."""
@@ -433,3 +419,17 @@ def test_rates(model):
     model.set_rates([optimizer], 0.5)
     model.set_rates([optimizer], 0.1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+if __name__ == "__main__":
+    import importlib
+    ours, numbers = importlib.import_module("02_model"), {}
+    for kind, net in reference_networks().items():
+        weights, theirs = formula_network(ours, kind).state_dict(), net.state_dict()
+        assert {to_compvis(k) for k in theirs} == set(weights)
+        net.load_state_dict({k: weights[to_compvis(k)].reshape(w.shape) for k, w in theirs.items()})
+        encode = (lambda x: net.encode(x).latent_dist.mean) if kind == "kl" else (lambda x: net.encode(x).latents)
+        decode = (lambda z: net.decode(z).sample) if kind == "kl" else (lambda z: net.decoder(net.post_quant_conv(z), z))
+        numbers[kind] = {k: [float(f"{v:.8g}") for v in t.flatten().tolist()] for k, t in outputs(kind, encode, decode).items()}
+    REFERENCE.write_text(json.dumps(numbers))
+    print(f"wrote {REFERENCE}")

@@ -272,9 +272,18 @@ def test_dense_forms_are_rare():
     assert sum(is_tuple_to_tuple(node) for node in all_scripts(ast.Assign)) <= 20
 
 
+def characters():
+    return sum(len(read(path)) for path in SCRIPTS)
+
+
+@pytest.mark.xfail(strict=True, reason="asked for, not reached: see the note on issue 14")
 def test_scripts_are_short_enough_to_read():
-    lengths = {path.name: len(read(path)) for path in SCRIPTS}
-    assert sum(lengths.values()) <= 175_000, lengths
+    assert characters() <= 140_000, characters()
+
+
+def test_scripts_do_not_grow():
+    """Until then, no longer than they are."""
+    assert characters() <= 172_500, characters()
 
 
 def test_readme_is_short_enough_to_read():
