@@ -536,8 +536,7 @@ def draw_scene(rng, lines, shape, color, pattern, ground, word):
         draw.text(where, word, fill, ImageFont.load_default(unit * rng.randint(34, 52)))
     # Edges as soft as a lens leaves them, and the grain of a sensor.
     im = im.filter(ImageFilter.GaussianBlur(unit))
-    coarse = (size[0] // 2, size[1] // 2)
-    grain = Image.frombytes("L", coarse, rng.randbytes(coarse[0] * coarse[1])).resize(size)
+    grain = Image.frombytes("L", (640, 360), rng.randbytes(640 * 360)).resize(size)
     grain = grain.point([120 + value // 16 for value in range(256)])
     return ImageChops.add(im, Image.merge("RGB", (grain,) * 3), offset=-128)
 

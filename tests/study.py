@@ -6,6 +6,7 @@ Run by hand, after 06_eval.py:
 Reads STUDY/eval.json (rows named ROW-SEED/vae.pt), STUDY/ROW-0/vae.pt and STUDY/data/val. Prints
 Markdown; writes STUDY/study.png for each, and study.csv beside the first.
 """
+import argparse
 import importlib
 import json
 import sys
@@ -130,7 +131,7 @@ def csv(studies):
 
 # ---------------------------------------------------------------- the picture
 
-def draw(study, size=128):
+def draw(study, size):
     """A line for each artifact, seed 0: original, before, after, of the picture whose meter falls
     most; whole, then the piece whose error falls most."""
     pictures = data.val_crops(study, size, 48)              # (n, 3, size, size), uint8
@@ -195,17 +196,20 @@ def squared_error(x, y):
 
 # ---------------------------------------------------------------- main
 
-def main(folders):
-    if not folders:
-        data.stop("give one study or more: python tests/study.py runs/photos runs/scenes")
-    studies = {Path(folder): read(Path(folder)) for folder in folders}
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures drawn [128]")
+    a = parser.parse_args()
+    studies = {folder: read(folder) for folder in a.studies}
     print_changes(studies)
     for study, rows in studies.items():
         print_readings(study, rows)
         print_norms(study, rows)
-        draw(study)
-    data.write_text(Path(folders[0]).parent / "study.csv", csv(studies))
+        draw(study, a.size)
+    data.write_text(a.studies[0].parent / "study.csv", csv(studies))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
