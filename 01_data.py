@@ -89,6 +89,7 @@ PRESETS = {
     "paper": {},
     "small": dict(count=20_000),
     # The paper's 480 to 240 at about a quarter: a crop still shows half of the shorter side.
+    "laptop": dict(count=10_000, min_side=360, resize=128),
     "demo": dict(count=2200, min_side=360, resize=128, val_share=0.03),
 }
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}

@@ -52,6 +52,7 @@ class Settings(data.Run, Architecture):
 PRESETS = {
     "paper": {},
     "small": dict(width=64),
+    "laptop": dict(width=24, res_blocks=1, attention_levels=(), groups=8),
     "demo": dict(width=16, res_blocks=1, attention_levels=(), groups=8),
 }
 

@@ -3,9 +3,11 @@
 Reads   RUN/data/val (01_data.py), a few pictures to damage.
 Writes  RUN/artifacts.png and a table: the five artifacts of Sec. 4 at three strengths, and what
         each loss term says about them.
+        With --toy instead RUN/toy.png: two regularizers of latents in the plane (not in VIVAT).
 Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
 
     python 03_losses.py --preset demo
+    python 03_losses.py --preset demo --toy
 
 Pictures x and x_hat are (b, 3, h, w) in [-1, 1]. Every term is a mean over elements (over
 positions for the discriminator). The paper does not say how terms are reduced, but only means fit
@@ -17,6 +19,7 @@ against a summed KL would leave nothing of the picture.
 """
 import importlib
 import math
+import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +49,33 @@ class Losses:
     gan_loss: Literal["hinge", "log"] = "hinge"  # not in the paper: the base code trains with hinge
     disc_width: int = 64        # not in the paper: as in MoVQGAN's discriminator
     disc_layers: int = 2        # not in the paper: as in MoVQGAN; it judges patches of 34 x 34
+    # not in VIVAT: Variance Expansion for KL, and two ways to ease KL; see "the neighbors" below
+    regularizer: Literal["kl", "ve"] = "kl"  # what stands in its place in Eq. 7
+    lambda_ve: float = 0.1 / 12  # its authors' 0.1 is between sums: times J / N = 1 / 12 (top)
+    kl_warmup: int = 0          # steps in which lambda_kl rises from 0 in a line
+    free_bits: float = 0.0      # nats per latent value that a channel may carry for nothing
 
 
 @dataclass(frozen=True)
 class Settings(data.Run, Losses):
     crop: int = 240             # Sec. 5.1: a crop of 240 x 240
     steps: int = 150            # steps of a fresh discriminator between whole and damaged crops
+    toy: bool = False           # only draw toy.png: the neighbors' example in the plane
+    toy_width: int = 512        # its Appendix C
+    toy_batch: int = 4096       # its Appendix C
+    toy_steps: int = 200_000    # its Appendix C
+    toy_lr: float = 1e-3        # its rate is lost; falls to 0
+    toy_kl: float = 1e-6        # its weight is lost: so weak that latents become a needle
+    toy_ve: float = 3e-5        # its weight is lost: the noise is as wide as a branch
 
 
+CPU = dict(perceptual_net="untrained", disc_width=24, crop=64)
+TOY = dict(toy_width=128, toy_batch=512, toy_steps=1500, toy_lr=2e-3)
 PRESETS = {
     "paper": {},
     "small": {},
-    "demo": dict(perceptual_net="untrained", disc_width=24, crop=64),
+    "laptop": CPU | TOY,
+    "demo": CPU | TOY,
 }
 
 
@@ -196,6 +214,178 @@ def total_loss(kl, recon, adv, perc, s):  # Eq. 7
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
 
+# ---------------- the neighbors: what else could regularize latents
+# Not in VIVAT: pass over it on a first reading.
+
+def latent_loss(mu, logvar, noise, s):
+    """What stands in KL's place in Eq. 7, for --regularizer and --free-bits. noise: what made z."""
+    if s.regularizer == "ve":
+        return variance_expansion(mu, logvar, noise)
+    if s.free_bits:
+        return free_bits(mu, logvar, s.free_bits)
+    return kl_loss(mu, logvar)
+
+
+def latent_weight(s, step):
+    """Its weight at a step, from 1: a warm-up of KL is linear, as in Bowman et al., 2015."""
+    if s.regularizer == "ve":
+        return s.lambda_ve
+    return s.lambda_kl * min(1.0, step / max(1, s.kl_warmup))
+
+
+# Variance Expansion (arXiv 2603.21085), Eq. 9 to 11
+def variance_expansion(mu, logvar, noise):
+    """1 / sigma^2 pushes against the reconstruction, which wants no noise in z; exp(|z| - tau)
+    keeps z from growing instead. All (b, k, h/f, w/f), in FP32."""
+    delta = 1e-6  # "tiny" in the paper, no number
+    tau = 1.0
+    share = 1e-6 / 0.1  # lambda_2 in units of lambda_1
+    variance = logvar.float().exp()
+    z = mu.float() + variance.sqrt() * noise
+    expand = 1 / (variance + delta)  # Eq. 9
+    hold = (z.abs() - tau).clamp(max=30).exp()  # Eq. 10; clamped against overflow
+    return expand.mean() + share * hold.mean()  # Eq. 11
+
+
+def free_bits(mu, logvar, nats):  # Kingma et al., 2016: max(nats, KL) for each channel
+    per_value = -0.5 * (1 + logvar - mu.square() - logvar.exp())
+    return per_value.mean((0, 2, 3)).clamp(min=nats).mean()
+
+
+# ---------------- the neighbors: Variance Expansion in the plane (its Fig. 1, Appendix C)
+
+def tree(seed=0):
+    """A distribution in the plane: a branch is eight Gaussians in a row; it splits in two, six
+    times. Mean 0, deviation 0.5 along each axis."""
+    rng = random.Random(seed)
+    means = []
+    spreads = []
+    weights = []
+    branches = [(0.0, 0.0, math.pi / 2, 1.0, 1.0)]  # x, y, angle, length, weight
+    for _ in range(7):
+        split = []
+        for x, y, angle, length, weight in branches:
+            along = torch.tensor([math.cos(angle), math.sin(angle)])
+            across = torch.stack([-along[1], along[0]])
+            for i in range(8):
+                means.append(torch.tensor([x, y]) + along * length * (i + 0.5) / 8)
+                spreads.append(torch.outer(along, along) * (length / 16) ** 2
+                               + torch.outer(across, across) * (length / 60) ** 2)
+                weights.append(weight)
+            for side in (-1, 1):
+                turned = angle + side * rng.uniform(0.35, 0.65)
+                split.append((x + along[0].item() * length, y + along[1].item() * length, turned,
+                              length * rng.uniform(0.6, 0.8), 0.5 * weight))
+        branches = split
+    means = torch.stack(means)  # (1016, 2)
+    spreads = torch.stack(spreads)  # (1016, 2, 2)
+    weights = torch.tensor(weights)
+    share = weights / weights.sum()
+    center = share @ means
+    variance = share @ ((means - center).square() + spreads.diagonal(dim1=1, dim2=2))
+    scale = torch.diag(0.5 / variance.sqrt())
+    own = torch.distributions.MultivariateNormal((means - center) @ scale, scale @ spreads @ scale)
+    return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(share), own)
+
+
+def mlp(inputs, outputs, width):
+    """Eight linear layers with ReLU between them."""
+    layers = [nn.Linear(inputs, width), nn.ReLU()]
+    for _ in range(6):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
+
+
+def fit(parameters, loss, s):
+    """Minimize loss() with Adam, the rate falling to 0."""
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, lr=s.toy_lr)
+    for step in range(1, s.toy_steps + 1):
+        model.set_rates([optimizer], model.falling(step, s.toy_steps, 1.0))
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+
+def toy_tokenizer(own, weight, x, s):
+    """Encoder and decoder of points x (n, 2), with the regularizer that the Losses `own` name."""
+    encoder = mlp(2, 4, s.toy_width)
+    decoder = mlp(2, 2, s.toy_width)
+
+    def loss():
+        batch = x[torch.randint(len(x), (s.toy_batch,))]
+        mu, logvar = encoder(batch).clamp(-30, 20).chunk(2, 1)  # (b, 2)
+        noise = torch.randn_like(mu)
+        x_hat = decoder(mu + (0.5 * logvar).exp() * noise)
+        return recon_loss(batch, x_hat) + weight * latent_loss(mu, logvar, noise, own)
+
+    fit([*encoder.parameters(), *decoder.parameters()], loss, s)
+    return encoder, decoder
+
+
+def toy_flow(z, s):
+    """A velocity field (z_t, t) for latents z (n, 2), by flow matching; 4,096 samples of it."""
+    net = mlp(3, 2, s.toy_width)
+
+    def loss():
+        batch = z[torch.randint(len(z), (s.toy_batch,))]
+        noise = torch.randn_like(batch)
+        t = torch.rand(len(batch), 1)
+        velocity = net(torch.cat([(1 - t) * batch + t * noise, t], 1))
+        return (velocity - (noise - batch)).square().mean()
+
+    fit(net.parameters(), loss, s)
+    with torch.no_grad():
+        sample = torch.randn(4096, 2)
+        for step in range(20):  # Euler, from t = 1 to 0
+            t = torch.full((len(sample), 1), 1 - step / 20)
+            sample = sample - net(torch.cat([sample, t], 1)) / 20
+    return sample
+
+
+def density(points, side=256):
+    """Where points (n, 2) lie, as a picture (3, side, side) of the square around them."""
+    middle = points.median(0).values
+    reach = 1.2 * (points - middle).abs().quantile(0.995)
+    place = ((points - middle) / reach + 1) * side / 2  # 0..side inside
+    place = place[((place >= 0) & (place < side)).all(1)].long()
+    count = torch.zeros(side * side)
+    count.index_add_(0, (side - 1 - place[:, 1]) * side + place[:, 0], torch.ones(len(place)))
+    dark = (count / count.quantile(0.999).clamp(min=1)).clamp(max=1).sqrt()
+    return (255 * (1 - dark)).byte().view(1, side, side).expand(3, -1, -1)
+
+
+def toy(s):
+    """RUN/toy.png: for weak KL and for Variance Expansion the points, their latents, and what the
+    latents made by a flow decode to. Returns what it prints."""
+    torch.manual_seed(s.seed)
+    distribution = tree()
+    x = distribution.sample((32_768,))
+    rare = distribution.log_prob(x[:4096]).quantile(0.01)
+    weights = {"kl": s.toy_kl, "ve": s.toy_ve}
+    tiles = []
+    rows = {}
+    for name, weight in weights.items():
+        encoder, decoder = toy_tokenizer(Losses(regularizer=name), weight, x, s)
+        with torch.no_grad():
+            mu, logvar = encoder(x).chunk(2, 1)
+            z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+        sample = toy_flow((z - z.mean(0)) / z.std(0), s) * z.std(0) + z.mean(0)
+        with torch.no_grad():
+            made = decoder(sample)
+            error = recon_loss(x, decoder(z)).sqrt()
+        lost = (distribution.log_prob(made) < rare).float().mean()
+        rows[name] = dict(posterior_variance=logvar.exp().mean().item(),
+                          variance=z.var(0).mean().item(), error=error.item(), lost=lost.item())
+        print(f"{name}: posterior variance {logvar.exp().mean():.2g} of {z.var(0).mean():.2g}; "
+              f"points come back with an error of {error:.3f}; {lost:.3f} of the decoded samples "
+              "are rarer than all but 0.010 of the points")
+        tiles += [density(x), density(z), density(made)]
+    data.save_sheet(Path(s.run, "toy.png"), tiles, 3, ["points", "latents", "samples, decoded"],
+                    list(weights))
+    return rows
+
+
 # ---------------- the artifacts of Sec. 4, made
 
 def tint(x, strength):
@@ -265,6 +455,8 @@ def main(settings):
     disc = Discriminator(settings.disc_width, settings.disc_layers)
     if settings.dry_run:
         return data.print_settings(settings, discriminator=model.count(disc))
+    if settings.toy:
+        return toy(settings)
     device = data.pick_device(settings.device)
     x = from_uint8(data.val_crops(settings.run, settings.crop, 16).to(device))
     perceptual = Perceptual(settings.perceptual_net).to(device)

@@ -16,7 +16,7 @@ import copy
 import importlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,11 +60,13 @@ class Settings(Training, model.Architecture):
 
 DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=500, save_every=500, val_pictures=64,
             latent_pictures=256, optimizer="muon", decay=1.0)
+LAPTOP = DEMO | dict(batch=8)
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
-    "small": model.PRESETS["small"] | losses.PRESETS["small"] | SMALL | dict(steps=60_000),
-    "demo": model.PRESETS["demo"] | losses.PRESETS["demo"] | DEMO | dict(steps=1300),
+    "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
+    "laptop": model.PRESETS["laptop"] | losses.CPU | LAPTOP | dict(steps=2500),
+    "demo": model.PRESETS["demo"] | losses.CPU | DEMO | dict(steps=1300),
 }
 
 
@@ -86,7 +88,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
     disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
     (share * disc_loss).backward(inputs=judging, retain_graph=True)
 
-    kl = losses.kl_loss(mu, logvar)  # Eq. 3
+    kl = losses.latent_loss(mu, logvar, noise, s)  # Eq. 3
     recon = losses.recon_loss(x, x_hat)  # Eq. 4
     adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
     perc = perceptual(x, x_hat)  # Eq. 6
@@ -174,7 +176,8 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     for step in range(step + 1, s.steps + 1):
         parts = load_parts(loader, vae, stage, step, device, s)
         model.set_rates(optimizers.values(), model.falling(step, s.steps, s.decay))
-        values = train_step(parts, forward, disc, perceptual, optimizers.values(), s)
+        weights = replace(s, lambda_kl=losses.latent_weight(s, step))
+        values = train_step(parts, forward, disc, perceptual, optimizers.values(), weights)
         model.update_average(averaged, trained, step, s.ema_decay)
         bar.update()
 
@@ -187,7 +190,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
             values = data.gather(values, alone=not (logging or saving))
             data.check_finite(values, step, out, bar)
         if logging and rank == 0:
-            entry = log_entry(values, stage, step, s)
+            entry = log_entry(values, stage, step, weights)
             entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
             if looking:
                 entry |= validate(ema, val, perceptual, s)

@@ -32,10 +32,12 @@ class Settings(training.Training):
 
 
 DEMO = dict(steps=260, val_every=130, save_every=130, muon_lr=2e-3)
+LAPTOP = dict(steps=400, val_every=200, save_every=200, muon_lr=2e-3)
 PRESETS = {
     "paper": {},
-    "small": losses.PRESETS["small"] | training.SMALL | dict(steps=30_000),
-    "demo": losses.PRESETS["demo"] | training.DEMO | DEMO,
+    "small": training.SMALL | dict(steps=30_000),
+    "laptop": losses.CPU | training.LAPTOP | LAPTOP,
+    "demo": losses.CPU | training.DEMO | DEMO,
 }
 
 

@@ -57,6 +57,7 @@ PRESETS = {
     "coco512": dict(size=512),
     "ffhq1024": dict(size=1024),
     "small": dict(size=240, resize=480),
+    "laptop": dict(size=128, perceptual_net="untrained"),
     "demo": dict(size=64, resize=128, perceptual_net="untrained"),
 }
 
@@ -273,7 +274,8 @@ def latent_report(vae, pictures, seed):
         robustness[str(strength)] = torch.cat(psnr).mean().item()
     return {"mean": mu.mean(dim=0).tolist(), "std": variance.sqrt().tolist(), "kl": kl.tolist(),
             "active": int((kl > 0.01).sum()), "channels": len(kl),
-            "posterior_share": (sigma2 / variance).mean().item(), "psnr_under_noise": robustness}
+            "posterior_share": (sigma2 / variance).mean().item(),
+            "posterior_variance": sigma2.mean().item(), "psnr_under_noise": robustness}
 
 
 # ---------------- what can be measured
@@ -481,7 +483,7 @@ def latent_lines(row):
     worst = max(peaks, key=peaks.get)
     return (f"\n{row['name']}: {q['active']} of {q['channels']} latent channels active, "
             f"KL {sum(q['kl']) / q['channels']:.2f} nats per value, posterior's share of variance "
-            f"{q['posterior_share']:.4f}\n"
+            f"{q['posterior_share']:.4f}, mean posterior variance {q['posterior_variance']:.2g}\n"
             f"  PSNR with noise on the latent, in its deviations: {noise}\n"
             f"  largest activation norm over the median: {peaks[worst]:.1f} after "
             f"decoder.{worst}\n")

@@ -210,6 +210,7 @@ def test_latent_report(evaluation, model):
     report = evaluation.latent_report(vae, [torch.zeros(1, 3, 32, 32)] * 3, seed=0)
     assert report["active"] == 8 and report["channels"] == 16 and report["kl"][12] == pytest.approx(0, abs=1e-9)
     assert report["posterior_share"] == pytest.approx(0.5, abs=0.01) and report["std"][12] == pytest.approx(1)
+    assert report["posterior_variance"] == pytest.approx((1 + math.exp(-10)) / 2)
     psnr = list(report["psnr_under_noise"].values())
     assert list(report["psnr_under_noise"]) == ["0.0", "0.05", "0.1", "0.2", "0.3", "0.5"] and psnr[-1] < psnr[1]
 

@@ -28,6 +28,71 @@ def test_kl(losses):
     assert losses.kl_loss(mean, logvar).item() == pytest.approx(reference.item(), rel=1e-5)
 
 
+def test_variance_expansion(losses):
+    """Eq. 9 to 11 by hand; no overflow where z is enormous or the posterior has collapsed."""
+    mu, logvar, noise = torch.full((2, 4, 1, 1), 3.0), torch.full((2, 4, 1, 1), math.log(0.25)), torch.full((2, 4, 1, 1), -1.0)
+    by_hand = 1 / (0.25 + 1e-6) + 1e-5 * math.exp(2.5 - 1)                                   # z = 3 - 0.5
+    assert losses.variance_expansion(mu, logvar, noise).item() == pytest.approx(by_hand, rel=1e-6)
+    wild = losses.variance_expansion(mu * 1e4, logvar - 30, noise)
+    assert wild.isfinite() and wild.item() > 1e5
+    # Eq. 14: against a reconstruction of T sigma^2 the two forces are equal at sigma = (lambda / T)^(1/4).
+    lam, slope, zero = 0.1, 28.0, torch.zeros(1, 1, 1, 1)
+    for sigma, sign in (((lam / slope) ** 0.25, 0), (0.2, -1), (0.3, 1)):
+        logvar = (zero + 2 * math.log(sigma)).requires_grad_()
+        loss = slope * logvar.exp().mean() + lam * losses.variance_expansion(zero, logvar, zero)
+        loss.backward()
+        force = logvar.grad.item() / (slope * sigma ** 2)
+        assert force == pytest.approx(0, abs=1e-4) if sign == 0 else force * sign > 0.3
+
+
+def test_free_bits(losses):
+    """max(nats, KL) for each channel: one below is counted as the threshold and has no gradient."""
+    mu = torch.zeros(2, 2, 4, 4)
+    mu[:, 1] = 2.0                                                                           # 2 nats per value
+    mu[:, 0] = 0.2                                                                           # 0.02
+    mu.requires_grad_()
+    loss = losses.free_bits(mu, torch.zeros(2, 2, 4, 4), 0.5)
+    assert loss.item() == pytest.approx((0.5 + 2.0) / 2)
+    loss.backward()
+    assert not mu.grad[:, 0].any() and torch.allclose(mu.grad[:, 1], torch.tensor(2.0 / 64))
+    known = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    assert losses.free_bits(*known, 0.0).item() == pytest.approx(losses.kl_loss(*known).item(), rel=1e-6)
+
+
+def test_toy(losses, tmp_path, capsys):
+    """The tree has mean 0 and deviation 0.5 along each axis, and the density its samples have; in a few steps
+    Variance Expansion's latents are noisier than weak KL's, and the picture is there."""
+    tree = losses.tree()
+    torch.manual_seed(0)
+    x = tree.sample((20_000,))
+    assert tree.mixture_distribution.probs.shape == (8 * 127,)
+    assert x.mean(0).abs().max() < 0.02 and (x.std(0) - 0.5).abs().max() < 0.02
+    # The share of samples in a disc is the density's integral over it.
+    side = torch.linspace(-0.3, 0.3, 121)
+    grid = torch.cartesian_prod(side, side)
+    inside = grid.norm(dim=1) < 0.3
+    integral = tree.log_prob(grid[inside]).exp().sum() * (0.6 / 120) ** 2
+    assert integral.item() == pytest.approx((x.norm(dim=1) < 0.3).float().mean().item(), abs=0.015)
+    s = losses.Settings(run=str(tmp_path), toy=True, toy_width=32, toy_batch=256, toy_steps=150, toy_lr=3e-3)
+    rows = losses.main(s)
+    assert list(rows) == ["kl", "ve"] and (tmp_path / "toy.png").is_file()
+    noisy = {name: row["posterior_variance"] / row["variance"] for name, row in rows.items()}
+    assert noisy["ve"] > 3 * noisy["kl"], noisy
+    assert all(row["error"] < 0.4 for row in rows.values()) and "kl: posterior variance" in capsys.readouterr().out
+
+
+def test_which_latent_loss(losses):
+    mu, logvar, noise = torch.randn(3, 2, 4, 2, 2)
+    chosen = lambda **more: losses.latent_loss(mu, logvar, noise, losses.Losses(**more))
+    assert chosen() == losses.kl_loss(mu, logvar)
+    assert chosen(free_bits=0.7) == losses.free_bits(mu, logvar, 0.7)
+    assert chosen(regularizer="ve") == losses.variance_expansion(mu, logvar, noise)
+    weight = lambda step, **more: losses.latent_weight(losses.Losses(**more), step)
+    assert weight(1) == weight(10 ** 6) == 1e-4
+    assert [weight(step, kl_warmup=4) for step in (1, 2, 4, 9)] == [0.25e-4, 0.5e-4, 1e-4, 1e-4]
+    assert weight(1, regularizer="ve", kl_warmup=4) == pytest.approx(0.1 * (16 / 64) / 3)   # 0.1 J / N
+
+
 def test_recon_and_psnr(losses):
     x = torch.zeros(2, 3, 8, 8)
     assert losses.recon_loss(x, x + 0.5).item() == pytest.approx(0.25)

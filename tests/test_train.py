@@ -116,6 +116,24 @@ def test_resume_after_kill_is_exact(run, whole):
     assert log(run) == log(whole)
 
 
+@pytest.mark.parametrize("flags", [dict(regularizer="ve"), dict(kl_warmup=6, free_bits=0.3)])
+def test_neighbors_resume_exactly(flags, train, run, tmp_path_factory):
+    """Variance Expansion, KL warm-up and free bits, killed -9: bit for bit the run that was not;
+    the log has each term times its weight at that step."""
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "data").symlink_to((run / "data").resolve())
+    train.main(settings(train, alone, steps=8, **flags))
+    line = [part for k, v in flags.items() for part in ("--" + k.replace("_", "-"), str(v))]
+    killed(["04_train_vae.py", "--run", str(run), *FLAGS, *line, "--steps", "8"], run, (3,))
+    same(checkpoint(run), checkpoint(alone))
+    assert log(run) == log(alone)
+    for entry in log(run):
+        weight = 0.1 / 12 if "regularizer" in flags else 1e-4 * min(1, entry["step"] / 6)
+        assert entry["weighted_kl"] == pytest.approx(weight * entry["kl"])
+        parts = sum(entry[f"weighted_{name}"] for name in ("kl", "recon", "adv", "perc"))
+        assert entry["total"] == pytest.approx(parts, rel=1e-5)
+
+
 def test_longer_run_goes_on(train, run, whole):
     """--steps may grow: 4 and then 8 steps are 8 steps."""
     train.main(settings(train, run))
