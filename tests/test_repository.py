@@ -288,4 +288,4 @@ def test_scripts_do_not_grow():
 
 
 def test_readme_is_short_enough_to_read():
-    assert len(README.splitlines()) <= 230
+    assert len(README.splitlines()) <= 250  # 230, and 20 for the neighbors (issue 16)
