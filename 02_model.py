@@ -49,11 +49,12 @@ class Settings(data.Run, Architecture):
     size: int = 256  # side of the picture that the table is made for
 
 
+CPU = dict(res_blocks=1, attention_levels=(), groups=8)
 PRESETS = {
     "paper": {},
     "small": dict(width=64),
-    "laptop": dict(width=24, res_blocks=1, attention_levels=(), groups=8),
-    "demo": dict(width=16, res_blocks=1, attention_levels=(), groups=8),
+    "laptop": CPU | dict(width=24),
+    "demo": CPU | dict(width=16),
 }
 
 

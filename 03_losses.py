@@ -81,9 +81,13 @@ PRESETS = {
 
 # ---------------- KL divergence, reconstruction
 
-def kl_loss(mu, logvar):  # KL to N(0, I), Eq. 2, in Eq. 3's form
-    """Nats per latent value; mu and logvar (b, k, h/f, w/f)."""
-    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).mean()
+def kl_values(mu, logvar):  # KL to N(0, I), Eq. 2, in Eq. 3's form
+    """Nats of each latent value; mu and logvar (b, k, h/f, w/f)."""
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp())
+
+
+def kl_loss(mu, logvar):
+    return kl_values(mu, logvar).mean()
 
 
 def recon_loss(x, x_hat):  # L2 reconstruction, Eq. 4
@@ -248,8 +252,7 @@ def variance_expansion(mu, logvar, noise):
 
 
 def free_bits(mu, logvar, nats):  # Kingma et al., 2016: max(nats, KL) for each channel
-    per_value = -0.5 * (1 + logvar - mu.square() - logvar.exp())
-    return per_value.mean((0, 2, 3)).clamp(min=nats).mean()
+    return kl_values(mu, logvar).mean((0, 2, 3)).clamp(min=nats).mean()
 
 
 # ---------------- the neighbors: Variance Expansion in the plane (its Fig. 1, Appendix C)
@@ -314,10 +317,10 @@ def toy_tokenizer(own, weight, x, s):
 
     def loss():
         batch = x[torch.randint(len(x), (s.toy_batch,))]
-        mu, logvar = encoder(batch).clamp(-30, 20).chunk(2, 1)  # (b, 2)
-        noise = torch.randn_like(mu)
-        x_hat = decoder(mu + (0.5 * logvar).exp() * noise)
-        return recon_loss(batch, x_hat) + weight * latent_loss(mu, logvar, noise, own)
+        q = model.Posterior(*encoder(batch).chunk(2, 1))  # mu and logvar (b, 2)
+        noise = torch.randn_like(q.mu)
+        x_hat = decoder(q.sample(noise))
+        return recon_loss(batch, x_hat) + weight * latent_loss(q.mu, q.logvar, noise, own)
 
     fit([*encoder.parameters(), *decoder.parameters()], loss, s)
     return encoder, decoder
@@ -362,25 +365,28 @@ def toy(s):
     distribution = tree()
     x = distribution.sample((32_768,))
     rare = distribution.log_prob(x[:4096]).quantile(0.01)
+    points = density(x)
     weights = {"kl": s.toy_kl, "ve": s.toy_ve}
     tiles = []
     rows = {}
     for name, weight in weights.items():
         encoder, decoder = toy_tokenizer(Losses(regularizer=name), weight, x, s)
         with torch.no_grad():
-            mu, logvar = encoder(x).chunk(2, 1)
-            z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+            q = model.Posterior(*encoder(x).chunk(2, 1))
+            z = q.sample()
         sample = toy_flow((z - z.mean(0)) / z.std(0), s) * z.std(0) + z.mean(0)
         with torch.no_grad():
             made = decoder(sample)
             error = recon_loss(x, decoder(z)).sqrt()
         lost = (distribution.log_prob(made) < rare).float().mean()
-        rows[name] = dict(posterior_variance=logvar.exp().mean().item(),
-                          variance=z.var(0).mean().item(), error=error.item(), lost=lost.item())
-        print(f"{name}: posterior variance {logvar.exp().mean():.2g} of {z.var(0).mean():.2g}; "
-              f"points come back with an error of {error:.3f}; {lost:.3f} of the decoded samples "
-              "are rarer than all but 0.010 of the points")
-        tiles += [density(x), density(z), density(made)]
+        row = dict(posterior_variance=q.logvar.exp().mean().item(),
+                   variance=z.var(0).mean().item(), error=error.item(), lost=lost.item())
+        print(f"{name}: posterior variance {row['posterior_variance']:.2g} of "
+              f"{row['variance']:.2g}; points come back with an error of {row['error']:.3f}; "
+              f"{row['lost']:.3f} of the decoded samples are rarer than all but 0.010 of the "
+              "points")
+        rows[name] = row
+        tiles += [points, density(z), density(made)]
     data.save_sheet(Path(s.run, "toy.png"), tiles, 3, ["points", "latents", "samples, decoded"],
                     list(weights))
     return rows
@@ -455,9 +461,10 @@ def main(settings):
     disc = Discriminator(settings.disc_width, settings.disc_layers)
     if settings.dry_run:
         return data.print_settings(settings, discriminator=model.count(disc))
-    if settings.toy:
-        return toy(settings)
     device = data.pick_device(settings.device)
+    if settings.toy:
+        with device:
+            return toy(settings)
     x = from_uint8(data.val_crops(settings.run, settings.crop, 16).to(device))
     perceptual = Perceptual(settings.perceptual_net).to(device)
     if settings.perceptual_net == "untrained":

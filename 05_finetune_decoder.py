@@ -32,7 +32,7 @@ class Settings(training.Training):
 
 
 DEMO = dict(steps=260, val_every=130, save_every=130, muon_lr=2e-3)
-LAPTOP = dict(steps=400, val_every=200, save_every=200, muon_lr=2e-3)
+LAPTOP = DEMO | dict(steps=400, val_every=200, save_every=200)
 PRESETS = {
     "paper": {},
     "small": training.SMALL | dict(steps=30_000),

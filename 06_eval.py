@@ -260,7 +260,7 @@ def latent_report(vae, pictures, seed):
     q = [vae.encode(x) for x in pictures]
     mu = torch.cat([p.mu.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()  # (., k)
     logvar = torch.cat([p.logvar.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).mean(dim=0)  # Eq. 3, nats per channel
+    kl = losses.kl_values(mu, logvar).mean(dim=0)  # (k,)
     sigma2 = logvar.exp().mean(dim=0)
     variance = mu.var(dim=0) + sigma2
     std = variance.sqrt().float()[:, None, None]

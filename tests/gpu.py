@@ -54,14 +54,14 @@ STUDY_STEPS = 3000
 
 # Flags that make a part tiny, behind its own.
 TINY_PICTURES = "--min-side 64 --resize 64 --workers 0"
-TINY_TRAINING = ("--preset demo --device cpu --width 8 --batch 2 --crop 32 --disc-width 8 --steps 2 "
+TINY_TRAINING = ("--preset demo --device cpu --batch 2 --crop 32 --disc-width 8 --steps 2 "
                  "--val-pictures 2 --latent-pictures 2")
 TINY = {
     "01_data.py": f"--preset demo --count 40 --val-share 0.2 {TINY_PICTURES}",
     "02_model.py": "--preset demo --size 32",
     "03_losses.py": "--preset demo --device cpu --crop 32 --steps 1",
-    "04_train_vae.py": TINY_TRAINING,
-    "05_finetune_decoder.py": re.sub("--width 8 ", "", TINY_TRAINING),
+    "04_train_vae.py": f"{TINY_TRAINING} --width 8",
+    "05_finetune_decoder.py": TINY_TRAINING,
     "06_eval.py": "--device cpu --perceptual-net untrained --size 64 --resize 64 --pictures 2 "
                   "--latents 1",
     "07_train_dit.py": "--preset demo --device cpu --size 32 --steps 2 --batch 4 --val-prompts 4 "

@@ -598,14 +598,13 @@ def test_signal_saves(run, whole):
 def test_accumulation_and_processes(dit, run, tmp_path_factory):
     """With Muon for the blocks' matrices and AdamW for the rest, four parts, or two processes (gloo) with half of the batch each, follow the whole batch:
     losses to rounding at first, then as far as the optimizers let rounding grow."""
-    whole = tmp_path_factory.mktemp("alone")
-    for name in ("data", "vae.pt"):
-        (whole / name).symlink_to((run / name).resolve())
+    whole = tmp_path_factory.mktemp("whole")
+    two = tmp_path_factory.mktemp("two")
+    for folder in (whole, two):
+        for name in ("data", "vae.pt"):
+            (folder / name).symlink_to((run / name).resolve())
     dit.main(settings(dit, whole, steps=8, optimizer="muon"))
     dit.main(settings(dit, run, steps=8, accumulate=4, optimizer="muon"))
-    two = tmp_path_factory.mktemp("two")
-    for name in ("data", "vae.pt"):
-        (two / name).symlink_to((run / name).resolve())
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "07_train_dit.py",
                            "--run", str(two), *FLAGS, "--steps", "8", "--optimizer", "muon"], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
