@@ -163,13 +163,13 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
                  parent=made_from)
     forward = torch.compile(model.set_fast(vae, False)) if s.compile else vae
 
+    data.listen()  # before loader processes start: from then on Ctrl-C reaches them too
     crops = data.Crops(Path(s.run, "data", "train"), s.crop, stage, s.seed)
     loader = iter(DataLoader(crops, batch_sampler=data.positions(s, step),
                              num_workers=data.loader_workers(s, device),
                              pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals))
     if rank == 0:
         val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device))
-    data.listen()
     bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
     clock = time.time()
     since = step

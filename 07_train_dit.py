@@ -672,11 +672,11 @@ def train(s, out, vae, vae_parent, folder, device, file):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
 
     judge = Judge(s, device)
+    data.listen()  # before loader processes start: from then on Ctrl-C reaches them too
     one_length = functools.partial(collate, length=s.text_length if s.compile else 0)
     loader = iter(DataLoader(Pairs(folder, s), batch_sampler=data.positions(s, step),
                              collate_fn=one_length, num_workers=data.loader_workers(s, device),
                              pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals))
-    data.listen()
     bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
     clock = time.time()
     since = step
