@@ -526,7 +526,10 @@ def draw_scene(rng, lines, shape, color, pattern, ground, word):
     im = ramp(rng, size, ground, 0.85, 1.1)
     step = round(unit * rng.randint(70, 110))
     im.paste(shade(ground, 0.66), mask=draw_marks(size, pattern, step))
-    outline = [(size[0] / 2 + unit * x, size[1] / 2 + unit * y) for x, y in corners(rng, shape)]
+    x = size[0] / 2 + unit * rng.randint(-110, 110)
+    y = size[1] / 2 + unit * rng.randint(-90, 90)
+    radius = unit * rng.randint(130, 200)
+    outline = corners(shape, x, y, radius, turn=rng.uniform(-0.25, 0.25))
     figure = Image.new("L", size)
     ImageDraw.Draw(figure).polygon(outline, fill=255)
     im.paste(ramp(rng, size, color, 0.8, 1.15), mask=figure)
@@ -570,21 +573,16 @@ def draw_marks(size, pattern, step):
     return marks
 
 
-def corners(rng, shape):
-    """Corners (x, y) of a shape a little turned, somewhere near (0, 0)."""
-    center_x = rng.randint(-110, 110)
-    center_y = rng.randint(-90, 90)
-    radius = rng.randint(130, 200)
-    turn = rng.uniform(-0.25, 0.25)
+def corners(shape, x, y, radius, turn):
+    """Corners of a shape around (x, y), a little turned."""
     count = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
     outline = []
     for i in range(count):
-        reach = 1.0 if shape == "circle" else 1.15
+        reach = radius if shape == "circle" else 1.15 * radius
         if shape == "star" and i % 2:
-            reach = 0.48
+            reach = 0.48 * radius
         angle = turn + math.pi * ((2 * i + (shape == "square")) / count - 0.5)
-        outline.append((center_x + radius * reach * math.cos(angle),
-                        center_y + radius * reach * math.sin(angle)))
+        outline.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
     return outline
 
 
@@ -627,17 +625,26 @@ def most_frequent(labels):
 
 
 def read_shape(figure):
-    """How strongly a mask (side, side) repeats 3, 4 or 5 times around its center, in units of
-    a perfect triangle, square or star; what does not is a circle."""
+    """The shape that covers a mask (side, side) best, when laid over it a little turned, with
+    the mask's own center and area."""
     if not figure.any():
         return "circle"
-    y, x = torch.nonzero(figure).T.double()
-    z = torch.complex(x - x.mean(), y - y.mean())
-    strength = {}
-    for name, folds, perfect in (("triangle", 3, 0.66), ("square", 4, 0.43), ("star", 5, 0.79)):
-        strength[name] = (z ** folds).mean().abs() / (z.abs() ** folds).mean() / perfect
-    shape = max(strength, key=strength.get)
-    return shape if strength[shape] > 0.25 else "circle"
+    y, x = torch.nonzero(figure).double().mean(0).tolist()
+    best = {}
+    for shape, turn in itertools.product(SHAPES, (-0.2, -0.1, 0.0, 0.1, 0.2)):
+        unit = polygon_area(corners(shape, 0, 0, 1, turn))
+        radius = (figure.sum().item() / unit) ** 0.5
+        mask = Image.new("1", figure.shape[::-1])
+        ImageDraw.Draw(mask).polygon(corners(shape, x, y, radius, turn), fill=1)
+        mask = torch.from_numpy(np.array(mask))
+        overlap = (mask & figure).sum().item() / (mask | figure).sum().item()
+        best[shape] = max(overlap, best.get(shape, 0))
+    return max(best, key=best.get)
+
+
+def polygon_area(outline):
+    after = outline[1:] + outline[:1]
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(outline, after)) / 2
 
 
 def read_pattern(brightness, ground):
