@@ -13,8 +13,10 @@ latent channels (16). Parameters have CompVis's names, so that peers' files load
 """
 import functools
 import importlib
+import itertools
+import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -269,6 +271,7 @@ class VAE(nn.Module):
         k = a.latent_channels
         self.architecture = a
         self.factor = 2 ** (len(a.width_mult) - 1)
+        self.multiple = self.factor  # of which a picture's sides must be
         self.latent_mean = None
         self.latent_std = None
         self.encoder = Encoder(a)
@@ -283,13 +286,13 @@ class VAE(nn.Module):
     def takes(self, *sides):
         """Whether pictures of these sides can be encoded: the latent is whole, and large enough
         to be reflected."""
-        return all(side % self.factor == 0 and side >= 4 * self.factor for side in sides)
+        return all(side % self.multiple == 0 and side >= 4 * self.factor for side in sides)
 
     def encode(self, x):
         """Pictures to a Posterior. ValueError where the sides do not fit."""
         if x.ndim != 4 or x.shape[1] != 3 or not self.takes(*x.shape[2:]):
             raise ValueError(f"pictures must be (b, 3, h, w) with h and w multiples of "
-                             f"{self.factor} from {4 * self.factor} up, not {tuple(x.shape)}")
+                             f"{self.multiple} from {4 * self.factor} up, not {tuple(x.shape)}")
         moments = self.encoder(x)  # (b, 2k, h/f, w/f)
         if self.architecture.quant_conv:
             moments = self.quant_conv(moments)
@@ -371,9 +374,12 @@ def set_rates(optimizers, factor):
             group["lr"] = optimizer.defaults["lr"] * factor
 
 
-def falling(step, steps, share):
-    """A factor of the rate: 1, then down to 0 in a line over the last `share` of the steps."""
-    return min(1.0, (steps - step + 1) / max(1.0, share * steps))
+def rate_factor(step, steps, decay, warmup=0):
+    """What a rate is multiplied with: up to 1 in a line over the warm-up, down to 0 in a line over
+    the last share `decay` of the steps."""
+    rising = step / max(1, warmup)
+    falling = (steps - step + 1) / max(1.0, decay * steps)
+    return min(1.0, rising, falling)
 
 
 @torch.no_grad()
@@ -407,8 +413,10 @@ def load_vae(path, device="cpu", peer=None):
     stays None. Stops where the file is missing, broken, or has keys that are unexpected or missing.
     """
     file = data.read_checkpoint(Path(path))
-    if file.get("stage") in ("04_train_vae", "05_finetune_decoder"):
+    if file.get("stage") in ("04_train_vae", "05_finetune_decoder", "05_denoising_decoder"):
         vae = build(Architecture(**data.with_tuples(file["architecture"])))
+        if file["stage"] == "05_denoising_decoder":
+            let_denoise(vae, file["settings"]["unet"])
         vae.load_state_dict(file["ema"])
         if file["latent_mean"] is not None:
             vae.latent_mean = file["latent_mean"].to(device)
@@ -502,6 +510,151 @@ def infer_architecture(weights, path):
             codebook=shape.get("quantize.embedding.weight", (0,))[0])
     except KeyError as key:
         data.stop(f"{path} is not an autoencoder that load_vae knows: it has no {key}")
+
+
+# ---------------- the neighbors: a decoder that denoises
+# Not in VIVAT: pass over it on a first reading. From eps-VAE (arXiv 2410.04081, "E" here).
+
+UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention, see below
+    "B": (64, (1, 1, 2, 2, 4), 2, (3,)),
+    "M": (96, (1, 1, 2, 2, 4), 2, (3, 4)),
+    "L": (128, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
+    "XL": (128, (1, 1, 2, 2, 4), 4, (2, 3, 4)),
+    "H": (256, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
+    "laptop": (24, (1, 2, 2, 4), 1, ()),  # not in E
+}
+# E does not say where attention is. These levels, ADM's residual blocks for changes of resolution,
+# and six outputs are what its counts of parameters fit, all five to the last digit.
+OUTPUTS = 6     # as ADM, whose last three are for a variance; not used here
+GAMMA = 0.6     # E, 3.3: pictures are made so much darker, so that x_t is noisier at each t
+DEVIATION = 0.5  # not in E: of a picture's values in [-1, 1], to bring x_t to deviation 1
+
+
+def angles(positions, count):
+    """Angles of positions (m,) at `count` frequencies, from 1 to almost 1/10,000 of a radian per
+    position: (m, count)."""
+    steps = torch.arange(count, dtype=torch.float32, device=positions.device)
+    return positions[:, None] * torch.exp(-math.log(10_000) * steps / count)
+
+
+class Time(nn.Module):
+    """Times (b,) in [0, 1] to (b, 4 width), as in ADM."""
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(),
+                                    nn.Linear(4 * width, 4 * width), nn.SiLU())
+
+    def forward(self, t):
+        angle = angles(1000 * t, self.layers[0].in_features // 2)
+        return self.layers(torch.cat([angle.cos(), angle.sin()], 1))
+
+
+class UnetBlock(nn.Module):
+    """ADM's residual block, with attention behind it where there is some. AdaGN: time gives the
+    second norm's scale and shift. scale: 0.5 halves the sides, 2 doubles them."""
+    def __init__(self, c_in, c_out, times, a, attention=False, scale=1):
+        super().__init__()
+        self.scale = scale
+        self.norm1 = GroupNorm(c_in, a)
+        self.conv1 = Conv3x3(c_in, c_out, a)
+        self.time = nn.Linear(times, 2 * c_out)
+        self.norm2 = GroupNorm(c_out, a)
+        self.conv2 = Conv3x3(c_out, c_out, a)
+        nn.init.zeros_(self.conv2.weight)  # as in ADM: a block begins as its shortcut
+        nn.init.zeros_(self.conv2.bias)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attn = AttnBlock(c_out, GroupNorm, a) if attention else nn.Identity()
+
+    def resized(self, x):
+        if self.scale == 0.5:
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.scale == 2 else x
+
+    def forward(self, x, c):  # (b, c_in, ., .), (b, times)
+        y = self.conv1(self.resized(norm_swish(self.norm1, x)))
+        scale, shift = self.time(c)[..., None, None].chunk(2, 1)  # (b, c_out, 1, 1)
+        y = self.conv2(F.silu(self.norm2(y) * (1 + scale) + shift))
+        return self.attn(y + self.nin_shortcut(self.resized(x)))  # (b, c_out, ., .)
+
+
+class DenoisingDecoder(nn.Module):
+    """In place of a Decoder: from noise, latents z (b, k, h/f, w/f) to pictures (b, 3, h, w).
+
+    x_t = (1 - t) gamma x + t noise is the noisy picture. steps and seed are those of sampling; the
+    noise is a function of the seed, the same for each picture.
+    """
+    def __init__(self, a, unet):
+        super().__init__()
+        width, mult, blocks, attention = UNETS[unet]
+        a = replace(a, groups=math.gcd(32, width))  # of GroupNorm
+        self.factor = 2 ** (len(a.width_mult) - 1)
+        self.steps = 3  # E, 3.3: best from 1 to 3
+        self.seed = 0
+        make = functools.partial(UnetBlock, times=4 * width, a=a)
+        self.time = Time(width)
+        self.conv_in = Conv3x3(3 + a.latent_channels, width, a)
+        self.down = nn.ModuleList()
+        c = width
+        kept = [c]  # channels of what each block of `down` hands over to `up`
+        for i, m in enumerate(mult):
+            for _ in range(blocks):
+                self.down.append(make(c, width * m, attention=i in attention))
+                c = width * m
+                kept.append(c)
+            if i < len(mult) - 1:
+                self.down.append(make(c, c, scale=0.5))
+                kept.append(c)
+        self.mid = nn.ModuleList([make(c, c, attention=True), make(c, c)])
+        self.up = nn.ModuleList()
+        for i, m in reversed(list(enumerate(mult))):
+            for _ in range(blocks + 1):
+                self.up.append(make(c + kept.pop(), width * m, attention=i in attention))
+                c = width * m
+            if i > 0:
+                self.up.append(make(c, c, scale=2))
+        self.norm_out = GroupNorm(c, a)
+        self.conv_out = Conv3x3(c, OUTPUTS, a)
+
+    def velocity(self, x_t, t, z):
+        """x_t (b, 3, h, w), t (b, 1, 1, 1), z (b, k, h/f, w/f); gives (b, 3, h, w)."""
+        # not in E: what gamma is for, read as in Chen, 2023: of the picture, before noise comes
+        deviation = ((1 - t).square() * (GAMMA * DEVIATION) ** 2 + t.square()).sqrt()
+        z = F.interpolate(z, size=x_t.shape[2:], mode="nearest")  # (b, k, h, w)
+        c = self.time(t.flatten())
+        x = self.conv_in(torch.cat([x_t / deviation, z], 1))  # (b, width, h, w)
+        kept = [x]
+        for block in self.down:
+            x = block(x, c)
+            kept.append(x)
+        for block in self.mid:
+            x = block(x, c)
+        for block in self.up:
+            x = block(x if block.scale == 2 else torch.cat([x, kept.pop()], 1), c)
+        return self.conv_out(norm_swish(self.norm_out, x))[:, :3]  # (b, 3, h, w)
+
+    def forward(self, x, z):
+        """As a Decoder, by Euler's method; x, what a peer's 1x1 convolution makes of z, is not
+        looked at."""
+        shape = (1, 3, z.shape[2] * self.factor, z.shape[3] * self.factor)
+        noise = torch.randn(shape, generator=data.generator(self.seed, "decoder"))
+        x_t = noise.to(z.device).expand(len(z), -1, -1, -1)
+        for now, after in itertools.pairwise(sampling_times(self.steps).to(z.device)):
+            t = now.expand(len(z), 1, 1, 1)
+            x_t = x_t + (after - now) * self.velocity(x_t, t, z).float()
+        return x_t / GAMMA
+
+
+def sampling_times(steps):  # E, Eq. 13 with m = 1, n = 100
+    """Times from 1 to 0, close to each other where there is most noise."""
+    u = torch.arange(steps + 1) / steps
+    return (100 - 99 * u).log() / math.log(100)
+
+
+def let_denoise(vae, unet):
+    """Give a VAE a decoder that denoises."""
+    vae.decoder = DenoisingDecoder(vae.architecture, unet)
+    vae.multiple = max(vae.factor, 2 ** (len(UNETS[unet][1]) - 1))
+    return vae
 
 
 # ---------------- the network as a table

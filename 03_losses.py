@@ -166,9 +166,9 @@ class Perceptual(nn.Module):  # Eq. 6, as LPIPS
 
 class Discriminator(nn.Module):
     """PatchGAN: pictures (b, 3, h, w) to one logit per patch (b, 1, h', w'); positive is real."""
-    def __init__(self, width, layers):
+    def __init__(self, width, layers, channels=3):
         super().__init__()
-        blocks = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        blocks = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         c = width
         for i in range(1, layers + 1):
             c_in = c
@@ -304,7 +304,7 @@ def fit(parameters, loss, s):
     parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=s.toy_lr)
     for step in range(1, s.toy_steps + 1):
-        model.set_rates([optimizer], model.falling(step, s.toy_steps, 1.0))
+        model.set_rates([optimizer], model.rate_factor(step, s.toy_steps, 1.0))
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()

@@ -45,6 +45,7 @@ class Training(data.TrainingRun, losses.Losses):
     # muon: for convolutions and matrices, at a rate of its own; Adam for the rest
     optimizer: Literal["adam", "muon"] = "adam"  # not in the paper: as in MoVQGAN
     muon_lr: float = 5e-3            # not in the paper: best of a few short runs on scenes
+    warmup: int = 0                  # not in the paper: steps in which rates rise to their full
     decay: float = 0.0               # not in the paper: last share of steps, where rates fall to 0
     beta1: float = 0.5               # not in the paper: Adam as in MoVQGAN; low: the other moves
     beta2: float = 0.9               # not in the paper: Adam as in MoVQGAN
@@ -98,7 +99,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
                 disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
 
-def train_step(parts, vae, disc, perceptual, optimizers, s):
+def train_step(parts, vae, disc, perceptual, optimizers, s, add=add_gradients):
     """One step of both players; returns 0-d tensors for the log.
 
     parts: this process's share of the batch as (x, noise), of which one at a time is in memory.
@@ -106,8 +107,8 @@ def train_step(parts, vae, disc, perceptual, optimizers, s):
     trained = [p for p in vae.parameters() if p.requires_grad]
     judging = list(disc.parameters())
     values = collections.defaultdict(float)
-    for x, noise in parts:
-        terms = add_gradients(x, noise, vae, disc, perceptual, trained, judging, s)
+    for x, *noise in parts:
+        terms = add(x, *noise, vae, disc, perceptual, trained, judging, s)
         for name in terms:
             values[name] += terms[name].detach() / s.accumulate
         del terms  # the discriminator's graph was retained
@@ -123,17 +124,19 @@ def train_step(parts, vae, disc, perceptual, optimizers, s):
 
 # ---------------- the loop
 
-def train(s, stage, out, vae, disc, made_from, file, latents=None):
+def train(s, stage, out, vae, disc, made_from, file, latents=None,
+          add=add_gradients, more_noise=()):
     """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
 
     file: what an interrupted run left in `out`, or None. latents: (mean, std) of the latents where
-    they are known; else they are measured at the end.
+    they are known; else they are measured at the end. add: as add_gradients; it also gets noise
+    of the shapes in more_noise.
     """
     if file and file["step"] == s.steps and file["latent_mean"] is not None:
         print(f"{out} is finished at step {s.steps}; more --steps go on from there")
         return
     if not vae.takes(s.crop):
-        data.stop(f"--crop {s.crop} must be a multiple of {vae.factor}, from {4 * vae.factor} up")
+        data.stop(f"--crop {s.crop} must be a multiple of {vae.multiple}, from {4 * vae.factor} up")
     rank, world = data.processes()
     device = next(vae.parameters()).device
     torch.backends.cudnn.benchmark = True  # crops have one size
@@ -147,15 +150,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
-    # not in the paper: Adam, one for each player, as in MoVQGAN
-    adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
-    matrices = [p for p in trained if s.optimizer == "muon" and p.ndim > 1]
-    taken = set(matrices)
-    rest = [p for p in trained if p not in taken]
-    optimizers = dict(optimizer=torch.optim.Adam(rest, **adam),
-                      disc_optimizer=torch.optim.Adam(disc.parameters(), **adam))
-    if matrices:
-        optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
+    optimizers = make_optimizers(trained, disc, device, s)
     state = dict(model=vae, ema=ema, disc=disc, **optimizers)
     step = data.load_state(file, state)
     del file  # at the paper's size, gigabytes
@@ -174,10 +169,11 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
     clock = time.time()
     since = step
     for step in range(step + 1, s.steps + 1):
-        parts = load_parts(loader, vae, stage, step, device, s)
-        model.set_rates(optimizers.values(), model.falling(step, s.steps, s.decay))
+        parts = load_parts(loader, vae, more_noise, stage, step, device, s)
+        factor = model.rate_factor(step, s.steps, s.decay, s.warmup)
+        model.set_rates(optimizers.values(), factor)
         weights = replace(s, lambda_kl=losses.latent_weight(s, step))
-        values = train_step(parts, forward, disc, perceptual, optimizers.values(), weights)
+        values = train_step(parts, forward, disc, perceptual, optimizers.values(), weights, add)
         model.update_average(averaged, trained, step, s.ema_decay)
         bar.update()
 
@@ -212,19 +208,35 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None):
               f"{std.max():.3f} over {len(std)} channels")
 
 
-def load_parts(loader, vae, stage, step, device, s):
-    """(x, noise) of each part of a step, on the device.
+def make_optimizers(trained, disc, device, s):
+    """{name in the checkpoint: optimizer}."""
+    # not in the paper: Adam, one for each player, as in MoVQGAN
+    adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
+    matrices = [p for p in trained if s.optimizer == "muon" and p.ndim > 1]
+    taken = set(matrices)
+    rest = [p for p in trained if p not in taken]
+    optimizers = dict(optimizer=torch.optim.Adam(rest, **adam),
+                      disc_optimizer=torch.optim.Adam(disc.parameters(), **adam))
+    if matrices:
+        optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
+    return optimizers
+
+
+def load_parts(loader, vae, more_noise, stage, step, device, s):
+    """(x, noise) of each part of a step, on the device, and more noise of the shapes given.
 
     The noise of the whole batch is drawn on the CPU, then cut into the processes' shares and their
     parts: the same on any device and with any number of processes.
     """
     rank, world = data.processes()
+    generator = data.generator(stage, s.seed, step)
     side = s.crop // vae.factor
-    noise = torch.randn(s.batch, vae.architecture.latent_channels, side, side,
-                        generator=data.generator(stage, s.seed, step))
-    for part in noise.chunk(world)[rank].chunk(s.accumulate):
+    shapes = [(vae.architecture.latent_channels, side, side), *more_noise]
+    noise = [torch.randn(s.batch, *shape, generator=generator) for shape in shapes]
+    parts = [whole.chunk(world)[rank].chunk(s.accumulate) for whole in noise]
+    for part in zip(*parts):
         x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield losses.from_uint8(x), part.to(device)
+        yield losses.from_uint8(x), *[noise.to(device) for noise in part]
 
 
 # ---------------- looking
@@ -274,7 +286,8 @@ def part_size(s):
 
 def log_entry(values, stage, step, s):
     weights = dict(kl=s.lambda_kl, recon=s.lambda_recon, adv=s.lambda_adv, perc=s.lambda_perc)
-    weighted = {f"weighted_{name}": values[name] * weight for name, weight in weights.items()}
+    weighted = {f"weighted_{name}": values[name] * weight for name, weight in weights.items()
+                if name in values}
     return dict(stage=stage, step=step) | values | weighted
 
 
@@ -282,7 +295,8 @@ def status(e, steps):
     """One line: each term raw, and times its weight."""
     line = f"{e['step']:7d}/{steps}  loss {e['total']:.4f}"
     for name in ("recon", "perc", "adv", "kl"):
-        line += f"  {name} {e[name]:.4g} > {e['weighted_' + name]:.4g}"
+        if name in e:
+            line += f"  {name} {e[name]:.4g} > {e['weighted_' + name]:.4g}"
     line += f"  D {e['disc']:.3f} real {e['d_real']:+.2f} fake {e['d_fake']:+.2f}"
     line += f"  grad {e['grad_vae']:.2g} {e['grad_disc']:.2g}"
     line += f"  {e['pictures_per_second']:.0f} pictures/s"

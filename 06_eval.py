@@ -1,8 +1,9 @@
 """Stage 6 of VIVAT: measure any autoencoder (Sec. 6, Table 1), with a number for each artifact.
 
-Reads   RUN/vae.pt and RUN/vae_finetuned.pt, or --vae with any of: a file that load_vae reads,
-        diffusers:FOLDER_OR_ID[@SUBFOLDER], and two yardsticks without weights, bicubic:8 and
-        jpeg:75. Pictures from --images DIR, else RUN/data/val.
+Reads   RUN/vae.pt, vae_finetuned.pt, vae_denoising.pt, or --vae with any of: a file that load_vae
+        reads (FILE@N: a denoising decoder in N steps), diffusers:FOLDER_OR_ID[@SUBFOLDER], and two
+        yardsticks without weights, bicubic:8 and jpeg:75. Pictures from --images DIR, else
+        RUN/data/val.
 Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3),
         RUN/latents.png (interpolations).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
@@ -39,7 +40,7 @@ losses = importlib.import_module("03_losses")
 
 @dataclass(frozen=True)
 class Settings(data.Run):
-    vae: tuple[str, ...] = ()  # files, diffusers:FOLDER_OR_ID, bicubic:N, jpeg:Q [the run's own]
+    vae: tuple[str, ...] = ()  # files, FILE@N, diffusers:FOLDER, bicubic:N, jpeg:Q [the run's own]
     images: str = ""           # a folder of pictures or .tar shards [RUN/data/val]
     size: int = 256            # Table 1: side of the center crop
     resize: int = 0            # not in the paper: shorter side before the crop; 0: as --size
@@ -244,7 +245,8 @@ def activation_norms(vae, z):
 
     hooks = []
     for name, module in vae.decoder.named_modules():
-        block = isinstance(module, (model.ResBlock, model.AttnBlock, model.Upsample))
+        block = isinstance(module, (model.ResBlock, model.AttnBlock, model.Upsample,
+                                    model.UnetBlock))
         if block or name in ("conv_in", "conv_out"):
             hook = functools.partial(remember, name)
             hooks.append(module.register_forward_hook(hook))
@@ -320,15 +322,33 @@ def open_model(spec, s, device):
         return spec, functools.partial({"bicubic": bicubic, "jpeg": jpeg}[kind], int(rest)), None
     if kind == "diffusers":
         return open_diffusers(spec, rest, s, device)
-    vae = model.load_vae(spec, device)
+    path, steps = split_steps(spec)
+    vae = model.load_vae(path, device)
     if not vae.takes(s.size):
-        data.stop(f"--size {s.size} must be a multiple of {vae.factor}, from {4 * vae.factor} up, "
-                  f"for {spec}")
-    name = Path(spec).stem
-    alike = [os.path.abspath(Path(v).parent) for v in s.vae if Path(v).stem == name]
+        data.stop(f"--size {s.size} must be a multiple of {vae.multiple}, from {4 * vae.factor} "
+                  f"up, for {spec}")
+    if steps is not None:
+        if steps < 1 or not isinstance(vae.decoder, model.DenoisingDecoder):
+            data.stop(f"--vae {spec}: @N is for a decoder that denoises, in at least one step")
+        vae.decoder.steps = steps
+    alike = [os.path.abspath(Path(v).parent) for v in s.vae if model_name(v) == model_name(spec)]
+    name = model_name(spec)
     if len(alike) > 1:  # files of one name are told apart by folder
         name = os.path.relpath(spec, os.path.commonpath(alike))
     return name, functools.partial(ours, vae, s), vae
+
+
+def split_steps(spec):
+    """(FILE, N) of FILE@N, (FILE, None) of FILE."""
+    path, _, steps = spec.rpartition("@")
+    if steps.isdigit() and not Path(spec).exists():
+        return path, int(steps)
+    return spec, None
+
+
+def model_name(spec):
+    path, steps = split_steps(spec)
+    return Path(path).stem if steps is None else f"{Path(path).stem}@{steps}"
 
 
 def open_diffusers(spec, place, s, device):
@@ -546,7 +566,7 @@ def main(s):
                   f"preset: add --resize {s.size}, or 0 for as much as --size")
     device = data.pick_device(s.device)
     run = Path(s.run)
-    own = [run / name for name in ("vae.pt", "vae_finetuned.pt")]
+    own = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
     specs = s.vae or [str(path) for path in own if path.is_file()] or [str(own[0])]
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
     torch.backends.cudnn.allow_tf32 = False

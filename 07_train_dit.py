@@ -123,17 +123,10 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def angles(positions, count):
-    """Angles of positions (m,) at `count` frequencies, from 1 to almost 1/10,000 of a radian per
-    position: (m, count)."""
-    steps = torch.arange(count, dtype=torch.float32, device=positions.device)
-    return positions[:, None] * torch.exp(-math.log(10_000) * steps / count)
-
-
 def turns(axes, *positions):
     """Cosines and sines (n, head / 2) for rotate, of positions (n,) along each axis, to which
     belong so many values of a head as `axes` says."""
-    parts = [angles(place, size // 2) for size, place in zip(axes, positions)]
+    parts = [model.angles(place, size // 2) for size, place in zip(axes, positions)]
     angle = torch.cat(parts, 1)
     return angle.cos(), angle.sin()
 
@@ -262,7 +255,7 @@ class DiT(nn.Module):
         elif tokens.dtype == torch.int16:  # bits of bfloat16, from the cache
             tokens = tokens.view(torch.bfloat16)
         with full_precision(x):
-            wave = angles(1000 * t.float(), self.a.width // 2)
+            wave = model.angles(1000 * t.float(), self.a.width // 2)
             time = self.time(torch.cat([wave.cos(), wave.sin()], 1))
             c = time + self.pooled(pooled.float())  # (b, d_t)
 
@@ -283,7 +276,7 @@ class DiT(nn.Module):
         x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, n, p p k)
         x = self.patches(x)  # (b, n, d)
         if self.a.absolute:
-            wave = torch.cat([angles(v, self.a.width // 4) for v in (row, column)], 1)
+            wave = torch.cat([model.angles(v, self.a.width // 4) for v in (row, column)], 1)
             x = x + torch.cat([wave.cos(), wave.sin()], 1)
         for block in self.blocks:
             x = self.run(block, x, c, turn, None, text, mask)
@@ -693,8 +686,8 @@ def train(s, out, vae, vae_parent, folder, device, file):
     for step in range(step + 1, s.steps + 1):
         parts = ([v.to(device, non_blocking=True) for v in next(loader)]
                  for _ in range(s.accumulate))
-        rising = min(1.0, step / max(1, s.warmup))  # Table 4: constant + warmup
-        factor = rising * model.falling(step, s.steps, s.decay)
+        # Table 4: constant + warmup
+        factor = model.rate_factor(step, s.steps, s.decay, s.warmup)
         model.set_rates(optimizers.values(), factor)
         norm = train_step(parts, forward, optimizers.values(), window, autocast, s)
         model.update_average(ema.parameters(), net.parameters(), step, s.ema_decay)

@@ -412,9 +412,9 @@ def test_orthogonal(model):
 
 
 def test_rates(model):
-    assert [model.falling(step, 8, 0.5) for step in (1, 4, 5, 6, 7, 8)] == [1, 1, 1, 0.75, 0.5, 0.25]
-    assert model.falling(1, 4, 1.0) == 1 and model.falling(4, 4, 1.0) == 0.25
-    assert model.falling(8, 8, 0.0) == 1
+    assert [model.rate_factor(step, 8, 0.5) for step in (1, 4, 5, 6, 7, 8)] == [1, 1, 1, 0.75, 0.5, 0.25]
+    assert model.rate_factor(1, 4, 1.0) == 1 and model.rate_factor(4, 4, 1.0) == 0.25
+    assert [model.rate_factor(step, 8, 0.0, warmup=4) for step in (1, 2, 4, 8)] == [0.25, 0.5, 1, 1]
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     model.set_rates([optimizer], 0.5)
     model.set_rates([optimizer], 0.1)
