@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from conftest import refused
 
 W, H = 96, 64      # of the pictures made here; stored with a shorter side of 32
@@ -267,6 +267,23 @@ def test_scenes(data):
         share = {n: (nearest == i).mean() for i, n in enumerate(names)}
         ordered = sorted(share, key=share.get, reverse=True)
         assert ordered[0] == words[6] and ordered[1] == words[1], (caption, share)
+
+
+def test_read_shape_bears_a_wobbly_outline(data):
+    """As a young transformer (07) draws them: a wave along the edge, and a circle with bumps that repeat three, four or five times."""
+    y, x = np.mgrid[:96, :96]
+    for shape in data.SHAPES:
+        for turn in (-0.2, 0.1):
+            im = Image.new("1", (96, 96))
+            ImageDraw.Draw(im).polygon(data.corners(shape, 44, 50, 25, turn), fill=1)
+            mask = np.asarray(im)
+            assert data.read_shape(torch.from_numpy(mask.copy())) == shape
+            wavy = mask[(y + 2 * np.sin(x / 4)).round().astype(int).clip(0, 95), (x + 2 * np.cos(y / 3)).round().astype(int).clip(0, 95)]
+            assert data.read_shape(torch.from_numpy(wavy)) == shape
+    radius, angle = np.hypot(x - 48, y - 48), np.arctan2(y - 48, x - 48)
+    for folds in (3, 4, 5):
+        assert data.read_shape(torch.from_numpy(radius < 25 * (1 + 0.08 * np.sin(folds * angle)))) == "circle"
+    assert data.read_shape(torch.zeros(96, 96, dtype=torch.bool)) == "circle"
 
 
 def test_resizing_shows_aliasing(data, tmp_path):

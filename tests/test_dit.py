@@ -206,6 +206,20 @@ def test_positions(dit):
     assert (y - y[:, :1]).abs().amax((2, 3, 4))[0, 1:].min() > 1e-3
 
 
+def test_linear_guess(dit):
+    """The least-squares factor from x_t to the velocity of independent values of deviation 1; the network adds to it."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 1, 1, 1, 400_000)
+    for t in (0.0, 0.2, 0.5, 0.9, 1.0):
+        x_t = (1 - t) * x + t * noise
+        best = (x_t * (noise - x)).mean() / x_t.square().mean()
+        factor = dit.linear_velocity(torch.ones(1, 1, 1, 1), torch.tensor([t])).item()
+        assert factor == pytest.approx(best.item(), abs=0.01)
+    x, t, text = formula_picture(2, 4, 6, 6), torch.tensor([0.2, 0.7]), batch(dit, PROMPTS[:2])
+    guess = network(dit, linear_guess=True)(x, t, *text) - network(dit)(x, t, *text)
+    torch.testing.assert_close(guess, dit.linear_velocity(x, t), atol=1e-5, rtol=1e-4)
+
+
 def test_checkpointing_changes_nothing(dit):
     net, x, t, text = network(dit), formula_picture(2, 4, 6, 6), torch.tensor([0.2, 0.7]), batch(dit, PROMPTS[:2])
     gradients = []
