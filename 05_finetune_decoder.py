@@ -41,7 +41,7 @@ class Settings(training.Training):
     unet: Literal["B", "M", "L", "XL", "H", "laptop"] = "B"  # 20, 49, 89, 141, 356, 2 million
     denoise_perc: float = 0.5       # E, C.2: lambda of LPIPS
     denoise_adv: float = 0.5        # E, C.2: lambda of the adversarial loss
-    denoise_r1: float = 1.0         # not in E: its weight of R1 is lost
+    denoise_r1: float = 0.02        # not in E, where it is lost: at 1 the discriminator goes silent
     denoise_beta1: float = 0.0      # E, C.2: Adam
     denoise_beta2: float = 0.999    # E, C.2: Adam
     denoise_ema: float = 0.999      # E, C.2: decay of the averaged weights
