@@ -150,7 +150,8 @@ def test_signals_save(run, whole):
             "--workers", "2"]
     printed = run / "printed.txt"
     process = started(line, printed)
-    while not (run / "log.jsonl").exists():
+    log = run / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 2:      # by then both loader processes have delivered
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
     text = finished(process, printed, 128 + signal.SIGINT)
