@@ -175,9 +175,9 @@ def val_crops(run, crop, count):
 def prepare(name, parts, s):
     """Filter, resize and store one picture.
 
-    parts: {"picture", ".txt", ".json"} to functions that read them, or the Exception that reading
-    a shard raised. Returns a line for metadata.jsonl with the key "split", or one for
-    rejected.jsonl with the key "reason".
+    parts: what belongs to the picture, as functions that read it, {"picture": read} and perhaps
+    ".txt" and ".json"; or the Exception that reading a shard raised. Returns a line for
+    metadata.jsonl with the key "split", or one for rejected.jsonl with the key "reason".
     """
     record = {"source": printable(name)}
     try:
@@ -432,7 +432,7 @@ def main(s):
 
 
 def fix_settings(root, units, s):
-    """Keep the settings in RUN/data/settings.json, refuse others later; the share to validate on.
+    """Keep the settings in RUN/data/settings.json and refuse others later. Returns val_share.
 
     In a small folder val_share may be no picture at all. Then it is raised, once, so that five
     pictures (at most a quarter) validate; the split still follows from names alone.
@@ -453,8 +453,8 @@ def fix_settings(root, units, s):
 
 
 def write_index(folder):
-    """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash; the
-    number of pictures.
+    """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash.
+    Returns the number of pictures.
 
     So nothing depends on the order in which workers finished, nobody parses 100 million lines to
     know the names, and a changed data set has another index.json.
@@ -935,7 +935,7 @@ def resume(s, stage, out, made_from, free=()):
 
 
 def load_state(file, state):
-    """Fill networks and optimizers, {name: module}, from a checkpoint; its step, else 0."""
+    """Fill networks and optimizers, {name: module}, from a checkpoint. Returns its step, else 0."""
     if file is None:
         return 0
     for name, module in state.items():

@@ -316,6 +316,13 @@ class VAE(nn.Module):
             return self.decoder(self.post_quant_conv(z), z)
         return self.decoder(z, z)
 
+    def normalize(self, z):
+        """Latents as a diffusion model learns them: mean 0 and deviation 1 in each channel."""
+        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def denormalize(self, z):
+        return z * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
     def forward(self, x, noise=None):
         """Encode, sample, decode: x_hat, mu, logvar."""
         posterior = self.encode(x)
@@ -365,6 +372,16 @@ def orthogonal(g):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
     return x.mT if tall else x
+
+
+def make_optimizers(weights, matrices, muon_lr, adam):
+    """{name in the checkpoint: optimizer}: Muon for `matrices`, where there are any, and for the
+    rest of the weights `adam`, a function of those."""
+    taken = set(matrices)
+    optimizers = {"optimizer": adam([w for w in weights if w not in taken])}
+    if matrices:
+        optimizers["muon_optimizer"] = Muon(matrices, muon_lr)
+    return optimizers
 
 
 def set_rates(optimizers, factor):
@@ -780,23 +797,23 @@ class NormSwish(torch.autograd.Function):
         r = (group_mean(square.mean((2, 3)), groups) + eps).rsqrt()
         ctx.save_for_backward(x, y, b, m, r)
         ctx.groups = groups
-        return F.silu(affine(x, r * y, b - m * r * y))
+        return F.silu(scaled(x, r * y, b - m * r * y))
 
     @staticmethod
     def backward(ctx, g):
         x, y, b, m, r = ctx.saved_tensors
-        a = r * y
-        g = torch.ops.aten.silu_backward(g, affine(x, a, b - m * a))
+        g = torch.ops.aten.silu_backward(g, scaled(x, r * y, b - m * r * y))
         exact = g.to(m.dtype)
+        # With n = r (x - m), swish has seen y n + b: sums of g and of g n over blocks.
         g_b = block_sum(exact, y)  # (b, c, h', w')
         g_y = r * (block_sum(exact * x, y) - m * g_b)
-        # What a group's mean and deviation pass on is alike for its pixels, but for a factor x.
+        # Normalizing gives g_x = r (y g - mean(y g) - n mean(y g n)), with means over a group.
         area = x.shape[2] * x.shape[3]
-        from_mean = group_mean((y * g_b).sum((2, 3)) / area, ctx.groups)
-        from_deviation = group_mean((y * g_y).sum((2, 3)) / area, ctx.groups)
-        factor = -r.square() * from_deviation
-        shared = affine(x, factor, -r * from_mean - m * factor)
-        return affine(g, a, shared), g_y, g_b, None, None
+        mean_g = group_mean((y * g_b).sum((2, 3)) / area, ctx.groups)
+        mean_gn = group_mean((y * g_y).sum((2, 3)) / area, ctx.groups)
+        slope = -r.square() * mean_gn
+        shared = scaled(x, slope, -r * mean_g - m * slope)  # -r (mean_g + n mean_gn)
+        return scaled(g, r * y, shared), g_y, g_b, None, None
 
 
 def group_mean(v, groups):
@@ -805,9 +822,10 @@ def group_mean(v, groups):
     return means.repeat_interleave(v.shape[1] // groups, 1)[..., None, None]
 
 
-def affine(x, a, d):
-    """a x + d for x (b, c, h, w), a (b, c, h', w') broadcast over blocks; d as a, or as x."""
-    rows = a.shape[2]
+def scaled(x, factor, offset):
+    """factor x + offset for x (b, c, h, w), with factor (b, c, h', w') broadcast over blocks, and
+    offset like factor or like x."""
+    rows = factor.shape[2]
     out = torch.empty_like(x)
 
     def split(v):  # (b, c, h', h / h', w)
@@ -815,7 +833,7 @@ def affine(x, a, d):
             return v.unflatten(2, (rows, -1))
         return F.interpolate(v, (rows, x.shape[3]))[:, :, :, None]
 
-    torch.addcmul(split(d), split(x), split(a), out=split(out))
+    torch.addcmul(split(offset), split(x), split(factor), out=split(out))
     return out
 
 

@@ -13,6 +13,7 @@ of (stage, seed, step).
 """
 import collections
 import copy
+import functools
 import importlib
 import math
 import time
@@ -211,14 +212,11 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
 def make_optimizers(trained, disc, device, s):
     """{name in the checkpoint: optimizer}."""
     # not in the paper: Adam, one for each player, as in MoVQGAN
-    adam = dict(lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type in ("cuda", "cpu"))
+    adam = functools.partial(torch.optim.Adam, lr=s.lr, betas=(s.beta1, s.beta2),
+                             fused=device.type in ("cuda", "cpu"))
     matrices = [p for p in trained if s.optimizer == "muon" and p.ndim > 1]
-    taken = set(matrices)
-    rest = [p for p in trained if p not in taken]
-    optimizers = dict(optimizer=torch.optim.Adam(rest, **adam),
-                      disc_optimizer=torch.optim.Adam(disc.parameters(), **adam))
-    if matrices:
-        optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
+    optimizers = model.make_optimizers(trained, matrices, s.muon_lr, adam)
+    optimizers["disc_optimizer"] = adam(disc.parameters())
     return optimizers
 
 

@@ -104,29 +104,42 @@ def color_shift(x, y):
 
 
 def grid(x, y):
-    """Mean steps from pixel to pixel across the borders of 8 px cells and inside them, and mean
-    differences between steps 7 or 9 px apart and 8 px apart: of the luminance residual, then of
-    the original, each along rows, then along columns.
+    """Four numbers of the steps from pixel to pixel: those of the luminance residual, then of the
+    original, each along rows, then along columns: (b, 16).
 
     Sec. 4: it "arose when the adversarial loss had too much weight". Blocks of random sign (as in
     JPEG) step at borders; lines and checkerboards with periods of 8, 4 or 2 repeat after 8 px.
     """
     residual = gray(y) - gray(x)  # (b, h, w)
-    means = []
+    numbers = []
     for v in (residual, residual.mT, gray(x), gray(x).mT):
-        steps = v.diff(dim=2)
-        cells = steps[..., :v.shape[2] // 8 * 8 - 8].abs().unflatten(2, (-1, 8))
-        at = cells.mean(dim=(1, 2))  # (b, 8): the last is across borders
-        apart = {n: (steps[..., n:] - steps[..., :-n]).abs().mean(dim=(1, 2)) for n in (7, 8, 9)}
-        # Steps next to a border are raised too in VAEs, so they count for neither side.
-        means += [at[:, 7], at[:, 1:6].mean(dim=1), (apart[7] + apart[9]) / 2, apart[8]]
-    return torch.stack(means, 1)
+        steps = v.diff(dim=2)  # (b, h, w - 1)
+        numbers += [*steps_at_borders(steps), *steps_that_repeat(steps)]
+    return torch.stack(numbers, 1)
+
+
+def steps_at_borders(steps):
+    """Mean size of the steps across borders of 8 px cells, and of those inside; each (b,)."""
+    end = (steps.shape[2] + 1) // 8 * 8 - 8
+    cells = steps[..., :end].abs().unflatten(2, (-1, 8))  # (b, h, cells, 8)
+    sizes = cells.mean(dim=(1, 2))  # (b, 8): the last is across borders
+    # Steps next to a border are raised too in VAEs, so they count for neither side.
+    return sizes[:, 7], sizes[:, 1:6].mean(dim=1)
+
+
+def steps_that_repeat(steps):
+    """Mean differences between steps 7 or 9 px apart, and 8 px apart, which are small where a
+    pattern repeats; each (b,)."""
+    apart = {n: (steps[..., n:] - steps[..., :-n]).abs().mean(dim=(1, 2)) for n in (7, 8, 9)}
+    return (apart[7] + apart[9]) / 2, apart[8]
 
 
 def grid_reading(means):
-    """The larger of the residual's two ratios, less what stripes in the originals explain."""
-    means = means.view(2, 2, 4).mean(dim=1)  # rows and columns together
-    residual, original = means[:, 0::2] / means[:, 1::2].clamp(min=1)  # floor: a gray level
+    """The larger of the residual's two ratios, borders over inside and 7 or 9 px over 8 px, less
+    what stripes in the originals explain."""
+    means = means.view(2, 2, 4).mean(dim=1)  # (2, 4), rows and columns together
+    # A floor of one gray level.
+    residual, original = means[:, 0::2] / means[:, 1::2].clamp(min=1)
     return (residual / original.clamp(min=1)).max().clamp(min=1)
 
 
@@ -200,18 +213,6 @@ def high_frequencies(x):
     columns = torch.fft.fftfreq(w)
     high = (rows.square() + columns.square()).sqrt() > 0.25
     return spectrum[high.to(x.device)]
-
-
-def reaction(name, reading):
-    """Distance from the ideal in units of the healthy range: above 1 it is an artifact."""
-    meter = METERS[name]
-    return abs(reading - meter.ideal) / abs(meter.edge - meter.ideal)
-
-
-def read_meters(x, y):
-    """{name: reading} of a batch of pictures in 0..255."""
-    return {name: meter.read(meter.numbers(x, y).mean(dim=0)).item()
-            for name, meter in METERS.items()}
 
 
 def gray(x):
@@ -438,7 +439,7 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
 def interpolate(vae, pictures):
     """From one picture to another in seven steps of the latent."""
     first = vae.encode(pictures[0]).mu
-    second = vae.encode(pictures[-1 if len(pictures) < 2 else 1]).mu
+    second = vae.encode(pictures[:2][-1]).mu
     steps = [torch.lerp(first, second, t / 6) for t in range(7)]
     return [losses.to_uint8(vae.decode(z))[0] for z in steps]
 
@@ -509,6 +510,36 @@ def latent_lines(row):
             f"decoder.{worst}\n")
 
 
+def protocol(s, pictures, skipped, device):
+    """How the numbers were made, {key: words}."""
+    lines = {
+        "pictures": f"{pictures} from {s.images or Path(s.run, 'data', 'val')}, "
+                    f"{skipped} passed over",
+        "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, center crop "
+                       f"of {s.size}, 8 bits to [-1, 1]",
+        "reconstruction": "EMA weights where the file has them, posterior "
+                          f"{'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one "
+                          "picture at a time",
+        "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of "
+                   "deviation 1.5, 11 x 11, over channels",
+        "lpips": f"LPIPS ({s.perceptual_net})",
+        "device": device.type}
+    if s.perceptual_net == "untrained":
+        lines["lpips"] = "untrained features (not LPIPS)"
+    if device.type == "cuda":
+        lines["device"] = torch.cuda.get_device_name()
+    return lines
+
+
+def write_report(run, rows, lines):
+    text = table(rows, lines)
+    text += "".join(latent_lines(row) for row in rows if "latents" in row)
+    print(text)
+    data.write_text(run / "eval.md", text)
+    report = json.dumps({"protocol": lines, "rows": rows}, indent=1)
+    data.write_text(run / "eval.json", report)
+
+
 def draw_comparison(path, results):
     """Fig. 5: three pictures, each whole, the piece with most detail zoomed, and five times the
     error; the original first, then each model."""
@@ -546,12 +577,8 @@ def draw_activations(path, results):
     if len({len(result["norms"]) for result in results}) > 1:
         print(f"{path.name} is not drawn: these decoders have different numbers of layers")
         return
-    titles = list(norms)
-    if len(results) == 1:
-        peaks = results[0]["row"]["activation_max_over_median"]
-        titles = [f"{layer.replace('.block', '')} {peak:.1f}" for layer, peak in peaks.items()]
+    titles = [layer.replace(".block", "") for layer in norms]
     data.save_sheet(path, tiles, len(norms), titles, [r["row"]["name"][:14] for r in results])
-    print(f"wrote {path.name}")
 
 
 # ---------------- main
@@ -579,28 +606,7 @@ def main(s):
     for name, error in skipped.items():
         print(f"passed over {name}: {error}", file=sys.stderr)
     rows = [result["row"] for result in results]
-    protocol = {
-        "pictures": f"{rows[0]['pictures']} from {s.images or run / 'data' / 'val'}, "
-                    f"{len(skipped)} passed over",
-        "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, center crop "
-                       f"of {s.size}, 8 bits to [-1, 1]",
-        "reconstruction": "EMA weights where the file has them, posterior "
-                          f"{'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one "
-                          "picture at a time",
-        "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of "
-                   "deviation 1.5, 11 x 11, over channels",
-        "lpips": f"LPIPS ({s.perceptual_net})",
-        "device": device.type}
-    if s.perceptual_net == "untrained":
-        protocol["lpips"] = "untrained features (not LPIPS)"
-    if device.type == "cuda":
-        protocol["device"] = torch.cuda.get_device_name()
-    text = table(rows, protocol)
-    text += "".join(latent_lines(row) for row in rows if "latents" in row)
-    print(text)
-    data.write_text(run / "eval.md", text)
-    report = json.dumps({"protocol": protocol, "rows": rows}, indent=1)
-    data.write_text(run / "eval.json", report)
+    write_report(run, rows, protocol(s, rows[0]["pictures"], len(skipped), device))
     draw_comparison(run / "eval.png", results)
     with_latents = [result for result in results if "norms" in result]
     if with_latents:
@@ -608,8 +614,7 @@ def main(s):
         tiles = [picture for result in with_latents for picture in result["between"]]
         names = [result["row"]["name"][:14] for result in with_latents]
         data.save_sheet(run / "latents.png", tiles, 7, rows=names)
-        print("wrote latents.png")
-    print(f"wrote eval.md, eval.json and eval.png in {run}")
+    print(f"wrote eval.md, eval.json and pictures in {run}")
     return rows
 
 

@@ -268,13 +268,13 @@ class DiT(nn.Module):
 
         guess = linear_velocity(x, t) if self.a.linear_guess else 0
         p = self.a.patch
-        h, w = [side // p for side in x.shape[2:]]
-        row = torch.arange(h, dtype=torch.float32, device=x.device).repeat_interleave(w)  # (n,)
-        column = torch.arange(w, dtype=torch.float32, device=x.device).repeat(h)
+        rows = x.shape[2] // p
+        columns = x.shape[3] // p
+        row = torch.arange(rows, dtype=torch.float32, device=x.device)
+        row = row.repeat_interleave(columns)  # (n,)
+        column = torch.arange(columns, dtype=torch.float32, device=x.device).repeat(rows)
         turn = turns(self.a.head_axes, 0 * row, row, column)  # a picture is frame 0
-        x = x.unflatten(3, (w, p)).unflatten(2, (h, p))  # (b, k, h, p, w, p)
-        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, n, p p k)
-        x = self.patches(x)  # (b, n, d)
+        x = self.patches(to_patches(x, p))  # (b, n, d)
         if self.a.absolute:
             wave = torch.cat([model.angles(v, self.a.width // 4) for v in (row, column)], 1)
             x = x + torch.cat([wave.cos(), wave.sin()], 1)
@@ -284,13 +284,24 @@ class DiT(nn.Module):
         with full_precision(x):
             shift, scale = self.out_modulation(c)[:, None].chunk(2, -1)
             x = self.out(ada_norm(x, shift, scale))  # (b, n, k p p)
-        x = x.unflatten(2, (-1, p, p)).unflatten(1, (h, w))  # (b, h, w, k, p, p)
-        return guess + x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return guess + from_patches(x, p, rows)  # (b, k, h, w)
 
     def run(self, block, *inputs):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+
+def to_patches(x, p):
+    """A latent (b, k, h, w) cut into patches of p x p, row by row: (b, n, p p k)."""
+    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (b, k, rows, p, columns, p)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def from_patches(x, p, rows):
+    """Patches (b, n, k p p) put together again: (b, k, h, w). Channels come first, as in K5."""
+    x = x.unflatten(2, (-1, p, p)).unflatten(1, (rows, -1))  # (b, rows, columns, k, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def linear_velocity(x, t):
@@ -351,8 +362,6 @@ def draw(net, vae, encoded, prompts, s, size, batch, autocast):
     device = vae.latent_mean.device
     k = len(vae.latent_mean)
     side = size // vae.factor
-    mean = vae.latent_mean[:, None, None]
-    std = vae.latent_std[:, None, None]
     own = range(rank, len(prompts), world)
     pictures = []
     for first in range(0, len(own), batch):
@@ -364,7 +373,7 @@ def draw(net, vae, encoded, prompts, s, size, batch, autocast):
         with autocast:
             z = sample(net, torch.stack(noise).to(device), prompt, empty, s.sample_steps,
                        s.guidance, s.shift)
-        for part in (z * std + mean).split(8):
+        for part in vae.denormalize(z).split(8):
             pictures += list(losses.to_uint8(vae.decode(part)).cpu())
     shares = [pictures] * world
     if world > 1:
@@ -468,6 +477,7 @@ def pad(pairs, length=0, device="cpu"):
 # RUN/latents: 00000.pt, 00001.pt, ... of PER_FILE pictures each. A file is complete or absent.
 
 PER_FILE = 1024
+AT_ONCE = 16  # pictures through the encoder
 # Of the synthetic scenes: what is never trained on, so that prompts can ask for new combinations.
 HELD_OUT = tuple(zip(data.COLORS, data.SHAPES))
 
@@ -532,28 +542,16 @@ def cache(s, vae, vae_parent, device):
     return folder
 
 
-@torch.no_grad()
 def make_files(s, vae, encode, folder, device):
-    mean = vae.latent_mean[:, None, None]
-    std = vae.latent_std[:, None, None]
-    batches = ([name for name, _ in lines[i:i + 16]]
-               for _, _, lines in own_files(s, folder) for i in range(0, len(lines), 16))
-    loader = iter(DataLoader(Squares(s), batch_sampler=batches,
+    """Encode the pictures of this process's files, AT_ONCE at a time, and their prompts."""
+    loader = iter(DataLoader(Squares(s), batch_sampler=own_batches(s, folder),
                              num_workers=data.loader_workers(s, device)))
     bar = tqdm(unit="picture", desc="latents", disable=data.processes()[0] > 0, **data.BAR)
     for path, first, lines in own_files(s, folder):
         latents = []
-        for i in range(first, first + len(lines), 16):
+        for number in range(first, first + len(lines), AT_ONCE):
             x = losses.from_uint8(next(loader).to(device))  # (b, 3, size, size)
-            views = []
-            for flipped in range(1 + s.flip):
-                q = vae.encode(x.flip(-1) if flipped else x)
-                # not in the paper: one sample of the posterior, not a new one each time it is seen
-                noise = [torch.randn(q.mu.shape[1:], generator=data.generator(
-                    s.seed, "latent", i + j, flipped)) for j in range(len(x))]
-                z = q.sample(torch.stack(noise).to(device))
-                views.append(((z - mean) / std).half().cpu())  # (b, k, h, w)
-            latents.append(torch.stack(views, 1))  # (b, 1 or 2, k, h, w)
+            latents.append(encode_views(x, vae, number, s))
             bar.update(len(x) * data.processes()[1])
         pairs = encode(["", *(text for _, text in lines)])
         ends = torch.tensor([len(tokens) for tokens, _ in pairs]).cumsum(0)
@@ -561,6 +559,32 @@ def make_files(s, vae, encode, folder, device):
                              tokens=torch.cat([tokens for tokens, _ in pairs]),
                              pooled=torch.stack([pooled for _, pooled in pairs]))
     bar.close()
+
+
+def own_batches(s, folder):
+    """The names of the pictures in own_files, AT_ONCE at a time."""
+    for _, _, lines in own_files(s, folder):
+        names = [name for name, _ in lines]
+        for i in range(0, len(names), AT_ONCE):
+            yield names[i:i + AT_ONCE]
+
+
+@torch.no_grad()
+def encode_views(x, vae, number, s):
+    """Normalized latents of pictures x (b, 3, size, size), and with --flip of their mirror images:
+    float16 (b, 1 or 2, k, h, w). number: that of the first picture, which its noise follows from.
+    """
+    views = []
+    for flipped in range(1 + s.flip):
+        q = vae.encode(x.flip(-1) if flipped else x)
+        # not in the paper: one sample of the posterior, not a new one each time it is seen
+        noise = []
+        for i in range(number, number + len(x)):
+            generator = data.generator(s.seed, "latent", i, flipped)
+            noise.append(torch.randn(q.mu.shape[1:], generator=generator))
+        z = q.sample(torch.stack(noise).to(x.device))  # (b, k, h, w)
+        views.append(vae.normalize(z).half().cpu())
+    return torch.stack(views, 1)
 
 
 def check_cache(s, vae, vae_parent, folder):
@@ -656,14 +680,10 @@ def train(s, out, vae, vae_parent, folder, device, file):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     matrices = [p for p in (*net.refiner.parameters(), *net.blocks.parameters())
                 if s.optimizer == "muon" and p.ndim > 1]
-    taken = set(matrices)
-    rest = [p for p in net.parameters() if p not in taken]
-    adamw = torch.optim.AdamW(rest, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
+    adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
                               weight_decay=s.weight_decay,  # Table 4
                               fused=device.type in ("cuda", "cpu"))
-    optimizers = dict(optimizer=adamw)
-    if matrices:
-        optimizers["muon_optimizer"] = model.Muon(matrices, s.muon_lr)
+    optimizers = model.make_optimizers(net.parameters(), matrices, s.muon_lr, adamw)
     state = dict(model=net, ema=ema, **optimizers)
     step = data.load_state(file, state)
     window = torch.zeros(2, 4, device=device)

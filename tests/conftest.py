@@ -2,6 +2,7 @@
 import importlib
 import multiprocessing
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def command(*args, check=None, env=None, timeout=120):
     return done
 
 
+def torchrun(*args):
+    """A script on two processes (gloo)."""
+    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", *args, check=0, timeout=150)
+
+
 # Forked from a process that has PyTorch imported already: each start would take seconds.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2.functional", "lpips"])
@@ -110,6 +116,71 @@ def killed(line, run, counts):
         process.kill()
         process.join()
     finished(started(line, printed), printed)
+
+
+# ---------------------------------------------------------------- beside the tests
+# Some tests do little but wait for processes of their own. What they wait for begins with the
+# session, in one more process, so that both cores work; the tests themselves come last.
+
+JOBS = {}  # {test: its job, a function of a fresh run folder}
+
+
+def beside(job):
+    """Decorate a test that asks for `outcome`: (run, what job(run) returned)."""
+    def keep(test):
+        JOBS[test] = job
+        return test
+    return keep
+
+
+def has_job(item):
+    return item.function in JOBS
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=has_job)
+
+
+def run_jobs(jobs):
+    for fd in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    for job, run in jobs:
+        try:
+            outcome = job(run), None
+        except BaseException as error:
+            outcome = None, f"{type(error).__name__}: {error}"
+        (run / "outcome.tmp").write_bytes(pickle.dumps(outcome))
+        (run / "outcome.tmp").rename(run / "outcome")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs(request, tmp_path_factory):
+    """{test: (its run folder, the process that all jobs run in)}."""
+    tests = [item.function for item in request.session.items if has_job(item)]
+    if not tests:
+        yield {}
+        return
+    prepared = request.getfixturevalue("prepared")
+    runs = {}
+    for test in tests:
+        runs[test] = tmp_path_factory.mktemp(test.__name__)
+        (runs[test] / "data").symlink_to(prepared / "data")
+    process = SERVER.Process(target=run_jobs, args=([(JOBS[test], runs[test]) for test in tests],))
+    process.start()
+    yield {test: (run, process) for test, run in runs.items()}
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def outcome(request, jobs):
+    run, process = jobs[request.function]
+    while not (run / "outcome").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    result, error = pickle.loads((run / "outcome").read_bytes())
+    assert error is None, error
+    return run, result
 
 
 def refused(call, capsys):

@@ -170,10 +170,22 @@ def reconstruct(path, pictures):
     return losses.to_uint8(torch.cat(decoded))
 
 
+def reaction(name, reading):
+    """Distance from the ideal in units of the healthy range: above 1 it is an artifact."""
+    meter = evaluation.METERS[name]
+    return abs(reading - meter.ideal) / abs(meter.edge - meter.ideal)
+
+
+def read_meters(x, y):
+    """{name: reading} of a batch of pictures in 0..255."""
+    return {name: meter.read(meter.numbers(x, y).mean(dim=0)).item()
+            for name, meter in evaluation.METERS.items()}
+
+
 def reading(artifact, x, y):
     """The artifact's meter on one picture (3, h, w), as its distance from ideal."""
-    readings = evaluation.read_meters(x[None].float(), y[None].float())
-    return evaluation.reaction(artifact, readings[artifact])
+    readings = read_meters(x[None].float(), y[None].float())
+    return reaction(artifact, readings[artifact])
 
 
 def zoom(x, before, after):

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finished, killed, refused, started
-from test_train import checkpoint, one_trunk, same, settings as train_settings  # noqa: F401  (one_trunk applies here too)
+from conftest import beside, finished, killed, refused, started
+from test_train import FLAGS as TRAIN_FLAGS, checkpoint, one_trunk, same, settings as train_settings  # noqa: F401  (one_trunk applies here too)
 
 
 @pytest.fixture(scope="module")
@@ -142,18 +142,22 @@ def test_trains_and_every_stage_takes_it(finetune, evaluation, model, data, trai
     assert len({row["psnr"] for row in rows}) == 3
 
 
-def test_resume_after_kill_is_exact(finetune, trained, tmp_path_factory):
-    line = ["05_finetune_decoder.py", "--run", trained, "--decoder", "denoising", "--unet", "laptop", "--crop", 32,
+def whole_and_killed(run):
+    finished(started(["04_train_vae.py", "--run", run, *TRAIN_FLAGS, "--steps", 2], run / "printed.txt"), run / "printed.txt")
+    line = ["05_finetune_decoder.py", "--run", run, "--decoder", "denoising", "--unet", "laptop", "--crop", 32,
             "--batch", 2, "--disc-width", 8, "--log-every", 1, "--save-every", 2, "--val-every", 3, "--val-pictures", 2]
-    printed = trained / "printed.txt"
-    finished(started([*line, "--steps", 6], printed), printed)
-    whole = torch.load(trained / "vae_denoising.pt", weights_only=True)
-    (trained / "vae_denoising.pt").unlink()
-    log = trained / "log.jsonl"
+    finished(started([*line, "--steps", 6], run / "printed.txt"), run / "printed.txt")
+    (run / "vae_denoising.pt").rename(run / "whole.pt")
+    log = run / "log.jsonl"
     kept = [text for text in log.read_text().splitlines() if "denoising" not in text]
     log.write_text("".join(text + "\n" for text in kept))
-    killed([*line, "--steps", 6], trained, (len(kept) + 3,))
-    same(torch.load(trained / "vae_denoising.pt", weights_only=True), whole)
+    killed([*line, "--steps", 6], run, (len(kept) + 3,))
+
+
+@beside(whole_and_killed)
+def test_resume_after_kill_is_exact(outcome):
+    run, _ = outcome
+    same(*[torch.load(run / name, weights_only=True) for name in ("vae_denoising.pt", "whole.pt")])
 
 
 def test_sentences(finetune, evaluation, model, trained, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finished, killed, refused, started
+from conftest import ROOT, beside, finished, killed, refused, started, torchrun
 from PIL import Image
 from test_model import formula_picture, formula_weights
 from test_train import same
@@ -557,9 +557,15 @@ def test_warmup_and_clipping(dit, run, whole):
     assert 0.9e-4 < moved < 1.01e-4
 
 
-def test_resume_after_kill_is_exact(run, whole):
-    """kill -9 (before the first checkpoint: test_train.py); the same command goes on; everything equals the whole run's, bit for bit."""
+def killed_once(run):
+    small_vae(importlib.import_module("02_model"), run / "vae.pt")
     killed(["07_train_dit.py", "--run", str(run), *FLAGS, "--steps", "8", "--workers", "2"], run, (5,))
+
+
+@beside(killed_once)
+def test_resume_after_kill_is_exact(outcome, whole):
+    """kill -9 (before the first checkpoint: test_train.py); the same command goes on; everything equals the whole run's, bit for bit."""
+    run, _ = outcome
     file = checkpoint(whole)
     same(checkpoint(run), file | {"settings": file["settings"] | {"workers": 2}, "parent": checkpoint(run)["parent"]})
     assert log(run) == log(whole)
@@ -609,19 +615,21 @@ def test_signal_saves(run, whole):
     assert 4 <= file["step"] < 2000 and file["window"][1].sum() == 8 * (file["step"] % 4)
 
 
-def test_accumulation_and_processes(dit, run, tmp_path_factory):
+def on_two_processes(run):
+    small_vae(importlib.import_module("02_model"), run / "vae.pt")
+    torchrun("07_train_dit.py", "--run", run, *FLAGS, "--steps", "8", "--optimizer", "muon")
+
+
+@beside(on_two_processes)
+def test_accumulation_and_processes(dit, run, outcome, tmp_path_factory):
     """With Muon for the blocks' matrices and AdamW for the rest, four parts, or two processes (gloo) with half of the batch each, follow the whole batch:
     losses to rounding at first, then as far as the optimizers let rounding grow."""
     whole = tmp_path_factory.mktemp("whole")
-    two = tmp_path_factory.mktemp("two")
-    for folder in (whole, two):
-        for name in ("data", "vae.pt"):
-            (folder / name).symlink_to((run / name).resolve())
+    two, _ = outcome
+    for name in ("data", "vae.pt"):
+        (whole / name).symlink_to((run / name).resolve())
     dit.main(settings(dit, whole, steps=8, optimizer="muon"))
     dit.main(settings(dit, run, steps=8, accumulate=4, optimizer="muon"))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "07_train_dit.py",
-                           "--run", str(two), *FLAGS, "--steps", "8", "--optimizer", "muon"], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
     for other in (run, two):
         for i, (a, b) in enumerate(zip(log(other), log(whole), strict=True)):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5 if i == 0 else 5e-3), i

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused
+from study import reaction, read_meters
 from test_model import peer_file, tiny
 
 
@@ -72,8 +73,8 @@ def test_lab(evaluation):
 
 def test_a_perfect_reconstruction_is_ideal(evaluation, losses, scenes):
     x = losses.to_uint8(scenes).float()
-    for name, reading in evaluation.read_meters(x, x).items():
-        assert evaluation.reaction(name, reading) == pytest.approx(0, abs=1e-5), name
+    for name, reading in read_meters(x, x).items():
+        assert reaction(name, reading) == pytest.approx(0, abs=1e-5), name
 
 
 def test_meters_know_their_artifact(evaluation, losses, scenes):
@@ -84,9 +85,9 @@ def test_meters_know_their_artifact(evaluation, losses, scenes):
     cells = {meter: {a: [] for a in [*losses.ARTIFACTS, "JPEG 10"]} for meter in evaluation.METERS}
     write = lambda value: f"{value:.3g}" if value >= 0.01 else "0"
     for strength in losses.STRENGTHS:
-        readings = {a: evaluation.read_meters(x, losses.to_uint8(artifact(scenes, strength)).float()) for a, artifact in losses.ARTIFACTS.items()}
+        readings = {a: read_meters(x, losses.to_uint8(artifact(scenes, strength)).float()) for a, artifact in losses.ARTIFACTS.items()}
         for meter in evaluation.METERS:
-            reactions = {a: evaluation.reaction(meter, r[meter]) for a, r in readings.items()}
+            reactions = {a: reaction(meter, r[meter]) for a, r in readings.items()}
             for a, value in reactions.items():
                 cells[meter][a].append(write(value))
             own = reactions.pop(meter)
@@ -94,7 +95,7 @@ def test_meters_know_their_artifact(evaluation, losses, scenes):
             assert own > before[meter], (meter, strength, own, before[meter])
             before[meter] = own
     for meter, reading in jpeg_readings(evaluation, losses, scenes, 10).items():
-        cells[meter]["JPEG 10"].append(write(evaluation.reaction(meter, reading)))
+        cells[meter]["JPEG 10"].append(write(reaction(meter, reading)))
     assert float(cells["grid"]["JPEG 10"][0]) > 2
     lines = ["| meter | " + " | ".join([*losses.ARTIFACTS, "JPEG 10"]) + " |", "|---" * 7 + "|"]
     lines += [f"| {meter} | " + " | ".join(" / ".join(values) for values in row.values()) + " |" for meter, row in cells.items()]
@@ -109,20 +110,20 @@ def test_meters_know_their_artifact(evaluation, losses, scenes):
 
 def jpeg_readings(evaluation, losses, pictures, quality):
     y = torch.cat([losses.to_uint8(evaluation.jpeg(quality, x[None])) for x in pictures]).float()
-    return evaluation.read_meters(losses.to_uint8(pictures).float(), y)
+    return read_meters(losses.to_uint8(pictures).float(), y)
 
 
 def test_grid_meter_sees_either_sign(evaluation, losses, scenes):
     """Blocks and lines of random sign, checkerboards, JPEG by quality; blind to errors below a gray level, noise, blur and shifts."""
     x = losses.to_uint8(scenes).float()
-    reading = lambda y: evaluation.reaction("grid", evaluation.read_meters(x, y.clamp(0, 255).round())["grid"])
+    reading = lambda y: reaction("grid", read_meters(x, y.clamp(0, 255).round())["grid"])
     rng = torch.Generator().manual_seed(0)
     for period in (8, 4, 2):
         cells = torch.randn(8, 1, 256 // period, 256 // period, generator=rng)
         assert reading(x + 4 * torch.nn.functional.interpolate(cells, size=256)) > 1, period
     sign = (-1.0) ** (torch.arange(256)[:, None] + torch.arange(256))
     assert reading(x + 2 * sign) > 1 and reading(x + 2 * sign[:1]) > 1
-    jpeg = [evaluation.reaction("grid", jpeg_readings(evaluation, losses, scenes, q)["grid"]) for q in (10, 20, 40, 90)]
+    jpeg = [reaction("grid", jpeg_readings(evaluation, losses, scenes, q)["grid"]) for q in (10, 20, 40, 90)]
     assert jpeg == sorted(jpeg, reverse=True) and jpeg[0] > 2 > 0.5 > jpeg[-1]
     assert reading(x + 0.4 * torch.sign(torch.randn(x.shape, generator=rng))) == 0
     for healthy in (x + 8 * torch.randn(x.shape, generator=rng), x.roll(1, -1), losses.to_uint8(losses.blur(scenes, 0.3)).float(),

@@ -1,9 +1,11 @@
 """tests/gpu.py, with everything made tiny, on the CPU: it stops at what fails, goes on from there,
 and prints the rows."""
+import contextlib
 import importlib
+import io
 
 import pytest
-from conftest import finished, refused, started
+from conftest import beside, finished, refused, started
 
 
 @pytest.fixture
@@ -25,8 +27,9 @@ def test_without_a_gpu_it_says_so(gpu, tmp_path, monkeypatch, capsys):
     assert "no GPU here" in line and not list(tmp_path.iterdir())
 
 
-def test_tiny_from_end_to_end(gpu, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "gpu"
+def two_tries(run):
+    """The fifth part fails; the second try goes on there."""
+    gpu = importlib.import_module("gpu")
     lines = []
 
     def execute(line, printed):
@@ -36,14 +39,22 @@ def test_tiny_from_end_to_end(gpu, tmp_path, monkeypatch, capsys):
         finished(started(line, printed), printed)
         return 0
 
-    monkeypatch.setattr(gpu, "execute", execute)
-    sentence = refused(lambda: gpu.main(["--tiny", "--out", str(out)]), capsys)
-    assert "small 04_train_vae.py ended with exit code 1" in sentence
-    gpu.main(["--tiny", "--out", str(out)])
-    parts = gpu.plan(out, tiny=True)
+    gpu.execute = execute
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(["--tiny", "--out", str(run / "gpu")])
+        gpu.main(["--tiny", "--out", str(run / "gpu")])
+    return stop.value.code, lines, shown.getvalue()
+
+
+@beside(two_tries)
+def test_tiny_from_end_to_end(gpu, outcome):
+    run, (code, lines, shown) = outcome
+    assert code == 2 and "small 04_train_vae.py ended with exit code 1" in shown
+    parts = gpu.plan(run / "gpu", tiny=True)
     assert len(lines) == len(parts) + 1 and lines[4] == lines[5]
-    assert all((out / f"{gpu.slug(part.name)}.txt").is_file() for part in parts)
-    shown = capsys.readouterr().out
+    assert all((run / "gpu" / f"{gpu.slug(part.name)}.txt").is_file() for part in parts)
     for row in ("| sum over 8 x 8 blocks: pooling, sum |", "| vae_finetuned |", "| 07_train_dit |",
                 "| color shift | base, all |"):
         assert row in shown

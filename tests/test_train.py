@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SERVER, command, finished, killed, refused, started
+from conftest import ROOT, SERVER, beside, command, finished, killed, refused, started, torchrun
 
 FLAGS = ["--width", "8", "--groups", "4", "--batch", "4", "--crop", "32", "--disc-width", "8", "--workers", "0", "--latent-pictures", "8",
          "--log-every", "1", "--val-every", "4", "--val-pictures", "4", "--save-every", "2", "--lr", "1e-3", "--optimizer", "adam", "--decay", "0"]
@@ -109,9 +109,14 @@ def test_latent_statistics(train, model, data, whole):
     torch.testing.assert_close(z.std(1), vae.latent_std, atol=0.02, rtol=0)
 
 
-def test_resume_after_kill_is_exact(run, whole):
-    """kill -9, the first time before there is a checkpoint; the same command goes on; weights, EMA, discriminator, optimizers and log equal the whole run's, bit for bit."""
+def killed_twice(run):
     killed(["04_train_vae.py", "--run", str(run), *FLAGS, "--steps", "8", "--workers", "2"], run, (1, 5))
+
+
+@beside(killed_twice)
+def test_resume_after_kill_is_exact(outcome, whole):
+    """kill -9, the first time before there is a checkpoint; the same command goes on; weights, EMA, discriminator, optimizers and log equal the whole run's, bit for bit."""
+    run, _ = outcome
     same(checkpoint(run), checkpoint(whole) | {"settings": checkpoint(whole)["settings"] | {"workers": 2}})
     assert log(run) == log(whole)
 
@@ -143,9 +148,7 @@ def test_longer_run_goes_on(train, run, whole):
         same(a[part], b[part], part)
 
 
-def test_signals_save(run, whole):
-    """Ctrl-C to the whole process group, as a terminal sends it (SIGTERM: test_dit.py): saved, one
-    sentence, and it goes on exactly."""
+def interrupted(run):
     line = ["04_train_vae.py", "--run", run, *FLAGS, "--steps", "8", "--save-every", "100",
             "--workers", "2"]
     printed = run / "printed.txt"
@@ -155,9 +158,18 @@ def test_signals_save(run, whole):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
     text = finished(process, printed, 128 + signal.SIGINT)
-    assert "Traceback" not in text and "the same command goes on" in text, text
-    assert 0 < checkpoint(run)["step"] < 8
+    step = checkpoint(run)["step"]
     finished(started(line, printed), printed)
+    return text, step
+
+
+@beside(interrupted)
+def test_signals_save(outcome, whole):
+    """Ctrl-C to the whole process group, as a terminal sends it (SIGTERM: test_dit.py): saved, one
+    sentence, and it goes on exactly."""
+    run, (text, step) = outcome
+    assert "Traceback" not in text and "the same command goes on" in text, text
+    assert 0 < step < 8
     expected = checkpoint(whole)
     same(checkpoint(run), expected | {"settings": expected["settings"] | {"workers": 2}})
 
@@ -233,11 +245,14 @@ def test_muon_accumulates(train, run):
     close(checkpoint(run), whole, 2e-3)
 
 
-def test_two_processes_are_one(run, whole):
+def on_two_processes(run):
+    torchrun("04_train_vae.py", "--run", run, *FLAGS, "--steps", "8")
+
+
+@beside(on_two_processes)
+def test_two_processes_are_one(outcome, whole):
     """torchrun with two processes (gloo), half of the batch each."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", "04_train_vae.py",
-                           "--run", str(run), *FLAGS, "--steps", "8"], cwd=ROOT, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    run, _ = outcome
     close(checkpoint(run), checkpoint(whole), 2e-3)
     follows(run, whole)
 
@@ -254,9 +269,7 @@ def one_of_three(rank, port, run, other):
                             val_every=1))     # or the last of the five would look, and no other
 
 
-def test_three_processes_resume_exactly(run):
-    """8 steps against 5 and 3, with three processes and Muon: equal bit for bit
-    (DistributedDataParallel was not)."""
+def on_three_processes(run):
     other = run / "in two parts"
     other.mkdir()
     (other / "data").symlink_to(run / "data")
@@ -269,14 +282,21 @@ def test_three_processes_resume_exactly(run):
         process.start()
     for process in group:
         process.join(120)
-    assert [process.exitcode for process in group] == [0, 0, 0]
+    return [process.exitcode for process in group]
+
+
+@beside(on_three_processes)
+def test_three_processes_resume_exactly(outcome):
+    """8 steps against 5 and 3, with three processes and Muon: equal bit for bit
+    (DistributedDataParallel was not)."""
+    run, codes = outcome
+    other = run / "in two parts"
+    assert codes == [0, 0, 0]
     same(checkpoint(run), checkpoint(other))
     assert log(run) == log(other) and len(log(run)) == 8
 
 
-def test_loader_workers_by_other_start_methods(prepared, tmp_path):
-    """04, 05 and 07 with two workers each: all that a worker needs can be pickled. (Linux's default
-    is forkserver from Python 3.14 on.) Both methods beside each other."""
+def by_other_start_methods(folder):
     code = """
 import importlib, multiprocessing, sys
 multiprocessing.set_start_method(sys.argv[1])
@@ -293,15 +313,27 @@ for name, more in stages.items():
 """
     started = {}
     for method in ("spawn", "forkserver"):
-        run = tmp_path / method
+        run = folder / method
         run.mkdir()
-        (run / "data").symlink_to(prepared / "data")
+        (run / "data").symlink_to((folder / "data").resolve())
         started[run] = subprocess.Popen([sys.executable, "-c", code, method, str(run)], cwd=ROOT,
                                         env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    ends = {}
     for run, process in started.items():
-        _, err = process.communicate(timeout=150)
-        assert process.returncode == 0, err[-3000:]
+        _, err = process.communicate(timeout=250)
+        ends[run] = process.returncode, err[-3000:]
+    return ends
+
+
+@beside(by_other_start_methods)
+def test_loader_workers_by_other_start_methods(outcome):
+    """04, 05 and 07 with two workers each: all that a worker needs can be pickled. (Linux's default
+    is forkserver from Python 3.14 on.) Both methods beside each other."""
+    _, ends = outcome
+    assert len(ends) == 2
+    for run, (code, err) in ends.items():
+        assert code == 0, err
         assert all((run / name).is_file() for name in ("vae.pt", "vae_finetuned.pt", "dit.pt"))
 
 
