@@ -79,10 +79,10 @@ class Settings(Run):
     resize: int = 480          # Sec. 5.1: shorter side after the bicubic resize
     interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
     # a small folder gives five pictures all the same
-    val_share: float = 0.01    # not in the paper: 1% is enough to validate on and costs little
+    val_share: float = 0.01    # not in the paper: share of pictures that validate; 1% is enough
     # a scene has as many lines as --min-side asks for
     count: int = 10_000        # not in the paper: scenes to draw when --images is "synthetic"
-    max_pixels: int = 10**8    # not in the paper: a decompression bomb must not end the run
+    max_pixels: int = 10**8    # not in the paper: larger is rejected, as a decompression bomb
 
 
 # The paper's 480 to 240 at about a quarter: a crop still shows half of the shorter side.
@@ -358,12 +358,17 @@ def shard(name, path):
             files = (member for member in tar if member.isfile())
             for _, members in itertools.groupby(files, key=stem):
                 members = {suffix(member.name): member for member in members}
-                beside = {end: tar.extractfile(member).read for end, member in members.items()}
+                beside = {end: functools.partial(read_member, tar, member)
+                          for end, member in members.items()}
                 for end in sorted(members.keys() & PICTURES):
                     parts = beside | {"picture": beside[end]}
                     yield f"{name}/{members[end].name}", parts
     except (tarfile.TarError, OSError, EOFError) as error:
         yield name, error
+
+
+def read_member(tar, member):
+    return tar.extractfile(member).read()
 
 
 def stem(member):
@@ -648,8 +653,8 @@ def polygon_area(outline):
 
 
 def read_pattern(brightness, ground):
-    """Marks are darker than all of the ground's gradient: how much of the ground they cover, and
-    whether columns alone tell it all. brightness (side, side), ground a mask of that shape."""
+    """One of PATTERNS, from the share of the ground that dark marks cover, and from how much that
+    share differs between columns. brightness (side, side), ground a mask of that shape."""
     dark = (brightness < 0.75) & ground
     share = dark.sum() / ground.sum().clamp(min=1)
     if share < 0.07:

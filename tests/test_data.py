@@ -404,3 +404,22 @@ def test_leftovers_of_a_killed_save(data, tmp_path):
     s = data.TrainingRun(run=str(tmp_path))
     assert data.resume(s, "04_train_vae", tmp_path / "vae.pt", {}) is None
     assert [p.name for p in tmp_path.iterdir()] == [".dit.pt.tmp"]
+
+
+def test_two_pictures_of_one_stem_in_a_shard(data, tmp_path):
+    """Both have the caption and the score of the files beside them."""
+    import io
+    import tarfile
+    images = tmp_path / "images"
+    images.mkdir()
+    with tarfile.open(images / "0.tar", "w") as tar:
+        for name, content in (("a.json", b'{"aesthetic": 3}'), ("a.jpg", b"x"), ("a.png", b"x"),
+                              ("a.txt", b"told")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    names = []
+    for name, parts in data.pictures([str(images / "0.tar")], images):
+        names.append(name)
+        assert data.describe(parts) == ("told", 3.0)
+    assert names == ["0.tar/a.jpg", "0.tar/a.png"]
