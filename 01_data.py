@@ -9,7 +9,7 @@ Paper   Sec. 5.1 (data selection, resize, then crop).
     python 01_data.py --preset small --images ~/Pictures --run runs/mine
 
 Run it again and it does only what is missing. The last third of this file is the shelf of all
-stages, which no reader of the method needs: command line, checkpoints, devices, logs.
+stages: command line, checkpoints, devices, logs.
 """
 import argparse
 import collections
@@ -274,8 +274,8 @@ def eight_bits(im):
     values = np.asarray(im).astype(np.float32)
     white = 65535
     if not im.mode.startswith("I;16"):
-        candidates = [top for top in (1, 255, 65535) if values.max() <= top]
-        white = candidates[0] if candidates else values.max()
+        largest = values.max()
+        white = min((top for top in (1, 255, 65535) if largest <= top), default=largest)
     return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
 
 
@@ -710,12 +710,12 @@ def parse_cli(Settings, presets, doc, argv=None):
 
 
 def with_tuples(values):
-    """The same dict with tuples for lists, as our frozen settings have them."""
+    """The same dict, with tuples for lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def command_line(main, Settings, presets, doc):
-    """What every script does when it is run. Ctrl-C ends with a sentence."""
+    """What every script does when it is run."""
     try:
         main(parse_cli(Settings, presets, doc))
     except KeyboardInterrupt:
@@ -728,7 +728,7 @@ def command_line(main, Settings, presets, doc):
 
 
 def print_settings(s, **counts):
-    """What --dry-run prints: the resolved settings, and parameter counts where there is a model."""
+    """What --dry-run prints; counts: parameters of a model."""
     print(json.dumps(asdict(s) | counts, indent=2))
 
 

@@ -375,8 +375,8 @@ def orthogonal(g):
 
 
 def make_optimizers(weights, matrices, muon_lr, adam):
-    """{name in the checkpoint: optimizer}: Muon for `matrices`, where there are any, and for the
-    rest of the weights `adam`, a function of those."""
+    """{name in the checkpoint: optimizer}: Muon for `matrices`; for the rest `adam`, a function of
+    weights."""
     taken = set(matrices)
     optimizers = {"optimizer": adam([w for w in weights if w not in taken])}
     if matrices:
@@ -427,7 +427,7 @@ def load_vae(path, device="cpu", peer=None):
 
     Flux and SD 3 files have the same shapes, and so have SD 1.x and SDXL: only scale and shift
     differ. A whole-model file tells which it is; else `peer` does, one of PEERS, else latent_mean
-    stays None. Stops where the file is missing, broken, or has keys that are unexpected or missing.
+    stays None. Stops where a file is broken or does not fit.
     """
     file = data.read_checkpoint(Path(path))
     if file.get("stage") in ("04_train_vae", "05_finetune_decoder", "05_denoising_decoder"):

@@ -129,9 +129,9 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
           add=add_gradients, more_noise=()):
     """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
 
-    file: what an interrupted run left in `out`, or None. latents: (mean, std) of the latents where
-    they are known; else they are measured at the end. add: as add_gradients; it also gets noise
-    of the shapes in more_noise.
+    file: what an interrupted run left in `out`, or None. latents: (mean, std) where they are known;
+    else they are measured at the end. add: as add_gradients, with noise of the shapes in more_noise
+    besides.
     """
     if file and file["step"] == s.steps and file["latent_mean"] is not None:
         print(f"{out} is finished at step {s.steps}; more --steps go on from there")

@@ -69,7 +69,7 @@ def freeze_encoder(vae, trained=("decoder.", "post_quant_conv.")):
 
 
 def discriminator_in(source):
-    """Its weights; None in a peer's file. Stops where the file's own training is not over."""
+    """A file's discriminator, None for a peer's. Stops where the file's training is not over."""
     file = data.read_checkpoint(source)
     weights = file.get("disc")
     if not isinstance(weights, dict):
@@ -183,7 +183,7 @@ def main(s):
     made_from = data.parent(source)
     device = data.start(s)
     file = data.resume(s, stage, out, made_from, free={"val_pictures", "vae"})
-    weights = discriminator_in(source)
+    weights = discriminator_in(source)  # a denoising decoder has a new one
     latents = None
     if vae.latent_mean is not None:
         latents = (vae.latent_mean, vae.latent_std)

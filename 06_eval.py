@@ -42,7 +42,7 @@ losses = importlib.import_module("03_losses")
 class Settings(data.Run):
     vae: tuple[str, ...] = ()  # files, FILE@N, diffusers:FOLDER, bicubic:N, jpeg:Q [the run's own]
     images: str = ""           # a folder of pictures or .tar shards [RUN/data/val]
-    size: int = 256            # Table 1: side of the center crop
+    size: int = 256            # Table 1: side; not in the paper: of a center crop
     resize: int = 0            # not in the paper: shorter side before the crop; 0: as --size
     pictures: int = 0          # how many at most, in order of their names; 0 is all
     latents: int = 16          # pictures for the report on latents and activations; 0: no report
@@ -135,8 +135,8 @@ def steps_that_repeat(steps):
 
 
 def grid_reading(means):
-    """The larger of the residual's two ratios, borders over inside and 7 or 9 px over 8 px, less
-    what stripes in the originals explain."""
+    """The larger of the residual's two ratios, borders over inside and 7 or 9 px over 8 px, each
+    divided by the original's own, which stripes raise; at least 1."""
     means = means.view(2, 2, 4).mean(dim=1)  # (2, 4), rows and columns together
     # A floor of one gray level.
     residual, original = means[:, 0::2] / means[:, 1::2].clamp(min=1)
@@ -423,6 +423,7 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
     row["corner_corners"] = (corners + 1) / (interior + 1)
     if fid:
         row["rfid"] = fid.compute().item()
+    # Of the whole measurement, LPIPS and meters too, not of the model alone.
     row["seconds_per_picture"] = (time.time() - began) / count
     row["peak_memory_gib"] = peak_gib(device)
     result = {"row": row, "shown": shown}
@@ -520,8 +521,7 @@ def protocol(s, pictures, skipped, device):
         "reconstruction": "EMA weights where the file has them, posterior "
                           f"{'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one "
                           "picture at a time",
-        "metrics": "a value for each picture, then the mean; SSIM with a Gaussian window of "
-                   "deviation 1.5, 11 x 11, over channels",
+        "metrics": "means over pictures; SSIM with a Gaussian window of 11 x 11, deviation 1.5",
         "lpips": f"LPIPS ({s.perceptual_net})",
         "device": device.type}
     if s.perceptual_net == "untrained":

@@ -11,7 +11,7 @@ Paper   Sec. 3.3, 6.3, A.3, Table 4, Fig. 6.
 
 The numbers of A.3 are those of Kandinsky 5 Lite (by the same authors, "K5" below): where the paper
 is silent, that network's layout is followed. Shapes: b pictures, k latent channels, h and w sides
-of the latent, n = h w / 4 its patches, l text tokens, d the width.
+of the latent, n = h w / patch^2 its patches, l text tokens, d the width.
 """
 import copy
 import functools
@@ -47,7 +47,7 @@ class Network:
     width: int = 1792          # A.3.2: hidden dimension d_h
     ff_width: int = 7168       # A.3.2: feed-forward dimension d_ff
     time_width: int = 512      # A.3.2: time embedding dimension d_t
-    blocks: int = 32           # A.3.2: N, cross-attention blocks
+    blocks: int = 32           # A.3.2: N, transformer blocks; here those with cross-attention
     refiner_blocks: int = 2    # not in the paper: as in K5
     # how many values of a head turn with frame, row and column; their sum is a head
     head_axes: tuple[int, ...] = (16, 24, 24)  # not in the paper: as in K5
@@ -124,8 +124,8 @@ def full_precision(x):
 
 
 def turns(axes, *positions):
-    """Cosines and sines (n, head / 2) for rotate, of positions (n,) along each axis, to which
-    belong so many values of a head as `axes` says."""
+    """Cosines and sines (n, head / 2) for rotate: axes[i] values of a head turn with positions[i],
+    (n,), the places along axis i."""
     parts = [model.angles(place, size // 2) for size, place in zip(axes, positions)]
     angle = torch.cat(parts, 1)
     return angle.cos(), angle.sin()
@@ -138,14 +138,14 @@ def rotate(x, turn):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-# not in the paper: AdaNorm read as adaptive LayerNorm, as in K5, not as the cited [51] has it
+# Sec. 6.3; not in the paper: which AdaNorm, for the cited [51] means another; this is K5's
 def ada_norm(x, shift, scale):
     """Adaptive LayerNorm, in FP32: x (b, n, d), shift and scale (b, 1, d)."""
     return F.layer_norm(x.float(), x.shape[-1:]) * (1 + scale) + shift
 
 
 def modulation(a, parts):
-    """The part of AdaNorm that looks at time; zero at first, so each block begins as identity."""
+    """From c to shifts, scales and gates; zero at first, so each block begins as identity."""
     linear = nn.Linear(a.time_width, parts * a.width)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -181,7 +181,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Self-attention, in visual blocks cross-attention to the text, feed-forward; each of them
-    x = x + gate(t) * f(AdaNorm(x, t))."""
+    x = x + gate(c) * f(AdaNorm(x, c))."""
     def __init__(self, a, cross):
         super().__init__()
         self.modulation = modulation(a, 9 if cross else 6)
@@ -224,9 +224,9 @@ class DiT(nn.Module):
     """Token Refiner and cross-attention blocks (Sec. 6.3). forward gives the velocity at (x, t).
 
     Rotary positions are relative: equal patches get equal outputs wherever they lie, so where a
-    picture's middle is must be read off its noise. K5 has nothing else and learns it in time; in a
-    run of minutes sines of row and column (`absolute`) are what puts things in their place, and
-    with `linear_guess` the network learns only what no linear map of x knows.
+    picture's middle is must be read off its noise. K5 learns that in time; in a run of minutes
+    sines of row and column (`absolute`) put things in their place, and with `linear_guess` the
+    network learns only what no linear map of x knows.
     """
     def __init__(self, a):
         super().__init__()
@@ -257,6 +257,7 @@ class DiT(nn.Module):
         with full_precision(x):
             wave = model.angles(1000 * t.float(), self.a.width // 2)
             time = self.time(torch.cat([wave.cos(), wave.sin()], 1))
+            # not in the paper: text beside time, as in K5
             c = time + self.pooled(pooled.float())  # (b, d_t)
 
         mask = mask[:, None, None]  # (b, 1, 1, l)
@@ -325,9 +326,9 @@ def build(a):
 
 # not in the paper: rectified flow, as in K5: x_t lies on the straight line from picture to noise
 def flow_loss(net, x, noise, t, tokens, mask, pooled):
-    """Squared error of the velocity, one mean per picture: (b,)."""
-    weight = t[:, None, None, None]
-    x_t = (1 - weight) * x + weight * noise
+    """Squared error of the velocity dx_t/dt = noise - x, one mean per picture: (b,)."""
+    share = t[:, None, None, None]  # of noise
+    x_t = (1 - share) * x + share * noise
     velocity = net(x_t, t, tokens, mask, pooled).float()
     return (velocity - (noise - x)).square().mean(dim=(1, 2, 3))
 
@@ -543,7 +544,7 @@ def cache(s, vae, vae_parent, device):
 
 
 def make_files(s, vae, encode, folder, device):
-    """Encode the pictures of this process's files, AT_ONCE at a time, and their prompts."""
+    """Encode the pictures and prompts of this process's files."""
     loader = iter(DataLoader(Squares(s), batch_sampler=own_batches(s, folder),
                              num_workers=data.loader_workers(s, device)))
     bar = tqdm(unit="picture", desc="latents", disable=data.processes()[0] > 0, **data.BAR)
@@ -572,8 +573,7 @@ def own_batches(s, folder):
 @torch.no_grad()
 def encode_views(x, vae, number, s):
     """Normalized latents of pictures x (b, 3, size, size), and with --flip of their mirror images:
-    float16 (b, 1 or 2, k, h, w). number: that of the first picture, which its noise follows from.
-    """
+    float16 (b, 1 or 2, k, h, w). number: the first picture's, from which noise follows."""
     views = []
     for flipped in range(1 + s.flip):
         q = vae.encode(x.flip(-1) if flipped else x)
@@ -588,7 +588,7 @@ def encode_views(x, vae, number, s):
 
 
 def check_cache(s, vae, vae_parent, folder):
-    """Stop where RUN/latents was made from anything else than it would be made from now."""
+    """What RUN/latents is made from, {name: value}; stops where it was made from other things."""
     index = Path(s.run, "data", "train", "index.json")
     made_from = {"vae": vae_parent["sha256"], "data": data.parent(index)["sha256"],
                  "scale": [vae.latent_mean.tolist(), vae.latent_std.tolist()]}
@@ -769,7 +769,7 @@ def status(e, steps):
 
 # ---------------- is the prompt followed? (Fig. 6)
 
-# Chance that a scene drawn for another prompt fits.
+# Chance that a scene fits that was drawn at random, not for the prompt.
 CHANCE = {"color": 1 / 6, "shape": 1 / 4, "pattern": 1 / 4, "ground": 1 / 6, "all four": 1 / 480}
 CURVES = (*CHANCE, "clip_score")
 
@@ -854,7 +854,7 @@ def draw_curve(run):
              if any(name in line for name in CURVES)]
     if not lines:
         return
-    names = [name for name in CURVES if name in lines[0]]
+    names = [name for name in CURVES if all(name in line for line in lines)]
     w, h = 300, 200
     last = lines[-1]["step"]
     im = Image.new("RGB", (len(names) * w, h), "white")
@@ -908,8 +908,7 @@ def main_sample(s):
     if not there:
         data.stop(f"{candidates[0]}, the VAE that {path} was trained on, is gone: give --vae FILE")
     if data.parent(there[0])["sha256"] != made_from["sha256"]:
-        data.stop(f"{there[0]} is not the VAE that {path} was trained on: its contents have "
-                  "another hash")
+        data.stop(f"{there[0]} is not the VAE of {path}: it has another hash")
     trained = file["settings"]
     vae = model.load_vae(there[0], device, trained["peer"])
     a = Network(**data.with_tuples(file["architecture"]))

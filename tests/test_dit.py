@@ -770,3 +770,12 @@ if __name__ == "__main__":
     REFERENCE.write_text(json.dumps({"velocity": [float(f"{v:.8g}") for v in theirs.flatten().tolist()]}))
     rounded = reference_output(net.state_dict(), exact=False)
     print(f"wrote {REFERENCE}; ours differs by {(ours - theirs).abs().max():.2g}, by {(ours - rounded).abs().max():.2g} with diffusers' rounding of queries and keys to bfloat16")
+
+
+def test_curve_of_a_run_that_dropped_its_clip_score(dit, tmp_path):
+    """--clip-score '' on resuming a run on scenes: the curve has what every line has."""
+    shares = dict.fromkeys(dit.CHANCE, 0.5)
+    lines = [dict(step=1, clip_score=30.0, **shares), dict(step=2, **shares)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dit.draw_curve(tmp_path)
+    assert Image.open(tmp_path / "curve.png").width == 300 * len(shares)
