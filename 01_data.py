@@ -95,7 +95,7 @@ PRESETS = {
 }
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 # The first of these keys that holds a number counts. A bare "score" may be a similarity of
-# picture and text, as in img2dataset's other columns, so it does not.
+# picture and text, so it does not.
 SCORES = ("aesthetic_score", "aesthetic", "aesthetics", "aesthetics_score",
           "aesthetic_score_laion_v2")
 
@@ -461,8 +461,8 @@ def write_index(folder):
     """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash.
     Returns the number of pictures.
 
-    So nothing depends on the order in which workers finished, nobody parses 100 million lines to
-    know the names, and a changed data set has another index.json.
+    So no order of workers matters, nobody parses 100 million lines to know the names, and a
+    changed data set has another index.json.
     """
     path = folder / "metadata.jsonl"
     kind = [("name", "S64"), ("start", np.int64), ("end", np.int64)]

@@ -35,7 +35,7 @@ class Architecture:
     """What a checkpoint must carry to build its network again."""
     width: int = 128                # not in the paper: as in MoVQGAN-67M, the smallest base model
     width_mult: tuple[int, ...] = (1, 2, 2, 4)  # not in the paper: as in MoVQGAN; hence f = 8
-    res_blocks: int = 2             # not in the paper: ResNet blocks per level, as in MoVQGAN-67M
+    res_blocks: int = 2             # not in the paper: as in MoVQGAN; a decoder level has one more
     attention_levels: tuple[int, ...] = (3,)  # not in the paper: the last level, as in MoVQGAN
     latent_channels: int = 16       # Table 2: latent dimension d_z
     padding: Literal["reflect", "zeros"] = "reflect"  # Sec. 5.2: reflect cures the corner artifact
@@ -78,10 +78,10 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
 
     def forward(self, x, z):
-        y = self.conv_y(z)  # (b, c, h/f, w/f)
-        b = self.conv_b(z)
+        scale = self.conv_y(z)  # (b, c, h/f, w/f)
+        shift = self.conv_b(z)
         up = functools.partial(F.interpolate, size=x.shape[2:], mode="nearest")
-        return self.norm_layer(x) * up(y) + up(b)  # as x
+        return self.norm_layer(x) * up(scale) + up(shift)  # (b, c, h, w) of x
 
 
 class GroupNorm(nn.GroupNorm):
@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         self.norm_out = norm(widths[0], a)
         self.conv_out = Conv3x3(widths[0], 3, a)
 
-    def forward(self, x, z):  # both (b, k, h/f, w/f)
+    def forward(self, x, z):  # both (b, k, h/f, w/f): what is decoded, and what norms see
         x = self.conv_in(x)
         for block in self.mid.values():
             x = block(x, z)
@@ -263,8 +263,7 @@ class Posterior:  # q(z|x) = N(mu, exp(logvar)), Sec. 3.1
 class VAE(nn.Module):
     """The KL-VAE of VIVAT: pictures (b, 3, h, w) in [-1, 1], latents (b, k, h/f, w/f).
 
-    latent_mean and latent_std, (k,), are what a diffusion model normalizes latents with; they come
-    with a finished checkpoint.
+    latent_mean and latent_std, (k,), come with a finished checkpoint.
     """
     def __init__(self, a):
         super().__init__()
@@ -385,7 +384,7 @@ def make_optimizers(weights, matrices, muon_lr, adam):
 
 
 def set_rates(optimizers, factor):
-    """Multiply the rates that optimizers were made with."""
+    """Set every rate to `factor` times the one that its optimizer was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * factor
@@ -426,8 +425,8 @@ def load_vae(path, device="cpu", peer=None):
     """The VAE in a file, in eval mode, on `device`; EMA weights where the file has them.
 
     Flux and SD 3 files have the same shapes, and so have SD 1.x and SDXL: only scale and shift
-    differ. A whole-model file tells which it is; else `peer` does, one of PEERS, else latent_mean
-    stays None. Stops where a file is broken or does not fit.
+    differ. `peer`, one of PEERS, says which it is; without it a whole-model file does; where
+    neither does, latent_mean stays None. Stops where a file is broken or does not fit.
     """
     file = data.read_checkpoint(Path(path))
     if file.get("stage") in ("04_train_vae", "05_finetune_decoder", "05_denoising_decoder"):
@@ -474,7 +473,9 @@ def peer_weights(file, path):
                 prefix = start
     weights = {}
     for key, w in file.items():
-        key = key.removeprefix(prefix) if key.startswith(prefix) else "loss."
+        if not key.startswith(prefix):  # the rest of a whole model
+            continue
+        key = key.removeprefix(prefix)
         # Trainers leave more beside the network: losses with their discriminator, EMA shadows.
         if torch.is_tensor(w) and not key.startswith(("loss.", "model_ema.", "ema_")):
             # Kandinsky 3 wraps the encoder's norms.

@@ -9,13 +9,13 @@ Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
     python 03_losses.py --preset demo
     python 03_losses.py --preset demo --toy
 
-Pictures x and x_hat are (b, 3, h, w) in [-1, 1]. Every term is a mean over elements (over
-positions for the discriminator). The paper does not say how terms are reduced, but only means fit
-its weights. A Gaussian decoder of variance s^2 weighs the two sums as |x - x_hat|^2 + 2 s^2 KL.
+Pictures x and x_hat are (b, 3, h, w) in [-1, 1]. KL and L2 are means over elements; logits and
+each layer of LPIPS, over positions. The paper does not say how terms are reduced, but only means
+fit its weights. Eq. 1 with a Gaussian p(x|z) of variance s^2, times -2 s^2, is a sum over
+elements: |x - x_hat|^2 + 2 s^2 KL.
 With N = 3 h w pixel values and J = N / 12 latents (f = 8, 16 channels), lambda_kl = 1e-4 between
 means is 2 s^2 = 12e-4, so s = 0.024: a noise floor of 38 dB. Ten times more, which the paper found
-blurred, is 28 dB, visible indeed. Between sums 1e-3 would be 39 dB, no blur at all; and a mean
-against a summed KL would leave nothing of the picture.
+blurred, is 28 dB, visible. Between sums 1e-3 would be 39 dB, no blur at all.
 """
 import importlib
 import math
@@ -87,7 +87,7 @@ def kl_values(mu, logvar):  # KL to N(0, I), Eq. 2, in Eq. 3's form
 
 
 def kl_loss(mu, logvar):
-    return kl_values(mu, logvar).mean()
+    return kl_values(mu, logvar).mean()  # Eq. 3 sums over j
 
 
 def recon_loss(x, x_hat):  # L2 reconstruction, Eq. 4
@@ -154,7 +154,7 @@ class Perceptual(nn.Module):  # Eq. 6, as LPIPS
             targets = self.features(x)
         total = 0.0
         for i, (f, f_hat) in enumerate(zip(targets, self.features(x_hat))):
-            # not in the paper: Eq. 6 prints a norm of differences; LPIPS weighs their squares
+            # not in the paper: Eq. 6 prints an L1 norm at one l; LPIPS sums squares over all l
             difference = (f - f_hat).square()  # (b, c_i, h_i, w_i)
             if self.lpips.lpips:
                 difference = self.lpips.lins[i].model[-1](difference)
@@ -205,6 +205,7 @@ def adversarial_loss(fake, kind="hinge"):  # Eq. 5
 
 def discriminator_loss(real, fake, kind="hinge"):
     """What the discriminator minimizes, from its logits of x and of x_hat."""
+    # not in the paper: which loss; as in VQGAN, with its factor 0.5
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
@@ -213,7 +214,7 @@ def discriminator_loss(real, fake, kind="hinge"):
 # ---------------- the whole
 
 def total_loss(kl, recon, adv, perc, s):  # Eq. 7
-    # not in the paper: each term is a mean over elements, the one reading that fits Table 3 (top)
+    # not in the paper: the terms are means, the one reading that fits Table 3 (top)
     return (s.lambda_kl * kl + s.lambda_recon * recon
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
@@ -231,7 +232,7 @@ def latent_loss(mu, logvar, noise, s):
 
 
 def latent_weight(s, step):
-    """Its weight at a step, from 1: a warm-up of KL is linear, as in Bowman et al., 2015."""
+    """The weight of latent_loss at `step`, from 1; KL's warm-up is linear (Bowman et al., 2015)."""
     if s.regularizer == "ve":
         return s.lambda_ve
     return s.lambda_kl * min(1.0, step / max(1, s.kl_warmup))
@@ -327,7 +328,7 @@ def toy_tokenizer(own, weight, x, s):
 
 
 def toy_flow(z, s):
-    """A velocity field (z_t, t) for latents z (n, 2), by flow matching; 4,096 samples of it."""
+    """Fit a velocity field to latents z (n, 2) by flow matching; returns samples (4096, 2)."""
     net = mlp(3, 2, s.toy_width)
 
     def loss():
@@ -414,7 +415,7 @@ def blur(x, strength):
 
 
 def border(x, strength, frame=16):
-    """Corner artifact: a frame of blur around the edges, `frame` pixels wide (Fig. 2e)."""
+    """Corner artifact: a frame of blur, `frame` pixels wide (Fig. 2e); darker too, to be seen."""
     rows = distance_to_ends(x.shape[2])
     columns = distance_to_ends(x.shape[3])
     mask = (1 - torch.minimum(rows[:, None], columns) / frame).clamp(min=0).to(x)

@@ -36,19 +36,19 @@ losses = importlib.import_module("03_losses")
 class Training(data.TrainingRun, losses.Losses):
     """All but the architecture, so that 05 can have it too."""
     crop: int = losses.Settings.crop  # Sec. 5.1
-    lr: float = 1e-4                 # Table 2; not in the paper: for the discriminator too
+    lr: float = 1e-4                 # Table 2 (VAE); not in the paper: the discriminator's too
     ema_decay: float = 0.9999        # Table 2
-    # bf16: the VAE under autocast; weights and losses in FP32, whose products a GPU rounds to TF32
+    # bf16: the VAE alone under autocast; weights and losses stay FP32, on a GPU with TF32 products
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2
     steps: int = 1_000_000           # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
-    accumulate: int = 1              # parts in which a process's share goes through memory
+    accumulate: int = 1              # parts that a process cuts its share into, to save memory
     # muon: for convolutions and matrices, at a rate of its own; Adam for the rest
     optimizer: Literal["adam", "muon"] = "adam"  # not in the paper: as in MoVQGAN
     muon_lr: float = 5e-3            # not in the paper: best of a few short runs on scenes
     warmup: int = 0                  # not in the paper: steps in which rates rise to their full
     decay: float = 0.0               # not in the paper: last share of steps, where rates fall to 0
-    beta1: float = 0.5               # not in the paper: Adam as in MoVQGAN; low: the other moves
+    beta1: float = 0.5               # not in the paper: as in MoVQGAN; low: the other player moves
     beta2: float = 0.9               # not in the paper: Adam as in MoVQGAN
     clip: float = 1.0                # not in the paper: gradient norm; MoVQGAN clips each value
     val_pictures: int = 256          # validation pictures that are looked at, at most
@@ -75,7 +75,8 @@ PRESETS = {
 # ---------------- one step of both players
 
 def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
-    """Add the gradients of one part of a step to both players; returns the terms, not weighted.
+    """Add one part's gradients to both players' weights, `trained` and `judging`. Returns what is
+    logged: total, the four terms before their weights, D's loss and its mean logits.
 
     x: pictures (b, 3, crop, crop) in [-1, 1]. noise: N(0, I) in the latents' shape.
     """
@@ -83,6 +84,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
         x_hat, mu, logvar = [v.float() for v in vae(x, noise)]
     share = 1 / (s.accumulate * data.processes()[1])  # of this part in the mean over the batch
 
+    # Table 2: the discriminator plays from step 0.
     # not in the paper: one x_hat serves both players, judged once. Each backward pass reaches the
     # weights of its own player only.
     real = disc(x)
@@ -173,8 +175,8 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
         parts = load_parts(loader, vae, more_noise, stage, step, device, s)
         factor = model.rate_factor(step, s.steps, s.decay, s.warmup)
         model.set_rates(optimizers.values(), factor)
-        weights = replace(s, lambda_kl=losses.latent_weight(s, step))
-        values = train_step(parts, forward, disc, perceptual, optimizers.values(), weights, add)
+        now = replace(s, lambda_kl=losses.latent_weight(s, step))  # at this step
+        values = train_step(parts, forward, disc, perceptual, optimizers.values(), now, add)
         model.update_average(averaged, trained, step, s.ema_decay)
         bar.update()
 
@@ -187,7 +189,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
             values = data.gather(values, alone=not (logging or saving))
             data.check_finite(values, step, out, bar)
         if logging and rank == 0:
-            entry = log_entry(values, stage, step, weights)
+            entry = log_entry(values, stage, step, now)
             entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
             if looking:
                 entry |= validate(ema, val, perceptual, s)

@@ -418,12 +418,9 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
         count += 1
     row = {"name": name, "pictures": count} | {key: v / count for key, v in sums.items()}
     row |= {key: meter.read(numbers[key] / count).item() for key, meter in METERS.items()}
-    _, interior, edges, corners = (numbers["corner"] / count).tolist()
-    row["corner_edges"] = (edges + 1) / (interior + 1)
-    row["corner_corners"] = (corners + 1) / (interior + 1)
     if fid:
         row["rfid"] = fid.compute().item()
-    # Of the whole measurement, LPIPS and meters too, not of the model alone.
+    # Of the whole measurement, not of the model alone.
     row["seconds_per_picture"] = (time.time() - began) / count
     row["peak_memory_gib"] = peak_gib(device)
     result = {"row": row, "shown": shown}
@@ -474,7 +471,7 @@ def peak_gib(device):
 # ---------------- tables and pictures
 
 def table(rows, protocol):
-    """Aligned Markdown: a row for each model, the protocol below."""
+    """Aligned Markdown, the protocol below."""
     columns = {"psnr": ("PSNR, dB", "", 2), "ssim": ("SSIM", "", 4),
                "lpips": (protocol["lpips"], "", 4)}
     for name, meter in METERS.items():

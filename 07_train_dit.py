@@ -409,8 +409,7 @@ def encode_bytes(a, prompts):
 
 
 class QwenClip:
-    """Qwen's last hidden states, as the bits of bfloat16, and CLIP's state at the end of the text.
-    Both are frozen."""
+    """Qwen's last hidden states, as the bits of bfloat16, and CLIP's state at the end of the text."""
     def __init__(self, a, device):
         try:
             from transformers import AutoModel, AutoTokenizer, CLIPTextModel
