@@ -409,7 +409,7 @@ def encode_bytes(a, prompts):
 
 
 class QwenClip:
-    """Qwen's last hidden states, as the bits of bfloat16, and CLIP's state at the end of the text."""
+    """Qwen's last hidden states (bits of bfloat16), and CLIP's state at the end of the text."""
     def __init__(self, a, device):
         try:
             from transformers import AutoModel, AutoTokenizer, CLIPTextModel
