@@ -15,7 +15,6 @@ import collections
 import copy
 import functools
 import importlib
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -41,17 +41,19 @@ def two_tries(run):
 
     gpu.execute = execute
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
         with pytest.raises(SystemExit) as stop:
             gpu.main(["--tiny", "--out", str(run / "gpu")])
+        sentence = errors.getvalue().strip().splitlines()[-1]
         gpu.main(["--tiny", "--out", str(run / "gpu")])
-    return stop.value.code, lines, shown.getvalue()
+    return stop.value.code, sentence, lines, shown.getvalue()
 
 
 @beside(two_tries)
 def test_tiny_from_end_to_end(gpu, outcome):
-    run, (code, lines, shown) = outcome
-    assert code == 2 and "small 04_train_vae.py ended with exit code 1" in shown
+    run, (code, sentence, lines, shown) = outcome
+    assert code == 2 and "small 04_train_vae.py ended with exit code 1" in sentence
     parts = gpu.plan(run / "gpu", tiny=True)
     assert len(lines) == len(parts) + 1 and lines[4] == lines[5]
     assert all((run / "gpu" / f"{gpu.slug(part.name)}.txt").is_file() for part in parts)

@@ -70,15 +70,16 @@ def test_commands_parse(script, rest, data, tmp_path, capsys):
 def two_commands(run):
     done = command("04_train_vae.py", "--preset", "paper", "--run", run / "new", "--dry-run",
                    check=0)
-    return done.stdout, command("04_train_vae.py", "--lrr", "1", check=2).stderr
+    written = [path.name for path in run.iterdir()]
+    return done.stdout, written, command("04_train_vae.py", "--lrr", "1", check=2).stderr
 
 
 @beside(two_commands)
 def test_command_line(outcome):
     """The real thing once: a process, JSON on stdout, exit code 0, nothing written; and a typo is a
     sentence and exit code 2."""
-    run, (settings, refusal) = outcome
-    assert json.loads(settings)["parameters"] == 68_227_747 and not (run / "new").exists()
+    _, (settings, written, refusal) = outcome
+    assert json.loads(settings)["parameters"] == 68_227_747 and written == ["data"]
     assert "--lrr" in refusal
 
 

@@ -321,7 +321,7 @@ for name, more in stages.items():
                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     ends = {}
     for run, process in started.items():
-        _, err = process.communicate(timeout=250)
+        _, err = process.communicate(timeout=150)
         ends[run] = process.returncode, err[-3000:]
     return ends
 
