@@ -21,7 +21,7 @@ import json
 import math
 import re
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,7 @@ PRESETS = {
     "small": SCENES | dict(
         width=512, ff_width=2048, time_width=256, blocks=12, text_width=256, text_length=64,
         steps=20_000, batch=256, lr=3e-4, ema_decay=0.999),
-    "laptop": DEMO | dict(steps=12_000, val_every=1000),
+    "laptop": DEMO | dict(steps=6000, val_every=500),
     "demo": DEMO,
 }
 
@@ -355,23 +355,26 @@ def sample(net, x, prompt, empty, steps, guidance, shift):
     return x
 
 
+DRAWN_AT_ONCE = 16  # prompts
+
+
 @torch.no_grad()
-def draw(net, vae, encoded, prompts, s, size, batch, autocast):
+def draw(net, vae, encoded, prompts, s):
     """A uint8 picture (3, size, size) for each prompt, from noise that is a function of (seed, its
     number). Each process draws prompts[rank::world] and gets all; `encoded` has that share."""
     rank, world = data.processes()
     device = vae.latent_mean.device
     k = len(vae.latent_mean)
-    side = size // vae.factor
+    side = s.size // vae.factor
     own = range(rank, len(prompts), world)
     pictures = []
-    for first in range(0, len(own), batch):
-        numbers = own[first:first + batch]
+    for first in range(0, len(own), DRAWN_AT_ONCE):
+        numbers = own[first:first + DRAWN_AT_ONCE]
         noise = [torch.randn(k, side, side, generator=data.generator(s.seed, "sample", i))
                  for i in numbers]
         prompt = pad([encoded[prompts[i]] for i in numbers], device=device)
         empty = pad([encoded[""]] * len(numbers), device=device)
-        with autocast:
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
             z = sample(net, torch.stack(noise).to(device), prompt, empty, s.sample_steps,
                        s.guidance, s.shift)
         for part in vae.denormalize(z).split(8):
@@ -647,7 +650,7 @@ def collate(items, length):
 
 # ---------------- training
 
-def train_step(parts, net, optimizers, window, autocast, s):
+def train_step(parts, net, optimizers, window, s):
     """One step on this process's share of the batch; returns the norm of the gradient.
 
     parts: (x, noise, t, tokens, mask, pooled), one at a time in memory. window (2, 4): sums and
@@ -655,7 +658,7 @@ def train_step(parts, net, optimizers, window, autocast, s):
     """
     share = 1 / (s.accumulate * data.processes()[1])
     for x, noise, t, *text in parts:
-        with autocast:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
             loss = flow_loss(net, x, noise, t, *text)  # (b,)
         (share * loss.mean()).backward()
         quarter = (4 * t).long().clamp(max=3)
@@ -691,7 +694,6 @@ def train(s, out, vae, vae_parent, folder, device, file):
     del file  # 32 GB in the paper's size
     about = dict(stage=stage, settings=asdict(s), architecture=asdict(net.a), parent=vae_parent)
     forward = torch.compile(net) if s.compile else net
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
 
     judge = Judge(s, device)
     data.listen()  # before loader processes start: from then on Ctrl-C reaches them too
@@ -708,7 +710,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
         # Table 4: constant + warmup
         factor = model.rate_factor(step, s.steps, s.decay, s.warmup)
         model.set_rates(optimizers.values(), factor)
-        norm = train_step(parts, forward, optimizers.values(), window, autocast, s)
+        norm = train_step(parts, forward, optimizers.values(), window, s)
         model.update_average(ema.parameters(), net.parameters(), step, s.ema_decay)
         bar.update()
 
@@ -725,7 +727,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
             data.check_finite(values, step, out, bar)
         rate = (step - since) * s.batch / (time.time() - clock)
         if looking:
-            pictures = judge.draw(ema, vae, autocast)
+            pictures = draw(ema, vae, judge.encoded, judge.prompts, s)
         if logging and rank == 0:
             entry = log_entry(stage, step, window, norm, rate)
             if looking:
@@ -781,7 +783,7 @@ def scene_prompts():
 
 
 class Judge:
-    """Draws the validation prompts and says how well they are followed."""
+    """The validation prompts, and how well pictures follow them."""
     def __init__(self, s, device):
         self.s = s
         self.scenes = is_scenes(s)
@@ -794,11 +796,6 @@ class Judge:
         self.scorer = None
         if s.clip_score and rank == 0:
             self.scorer = clip_scorer(s.clip_score, device)
-
-    def draw(self, net, vae, autocast):
-        s = self.s
-        batch = min(64, s.batch // (s.accumulate * data.processes()[1]))
-        return draw(net, vae, self.encoded, self.prompts, s, s.size, batch, autocast)
 
     def look(self, pictures):
         """What of these pictures the log has; draws twelve of them."""
@@ -917,8 +914,8 @@ def main_sample(s):
     for prompt in s.sample:
         if len(encoded[prompt][0]) == a.text_length:
             print(f"cut to {a.text_length} tokens: {' '.join(prompt.split())[:60]} ...")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=trained["precision"] == "bf16")
-    pictures = draw(net, vae, encoded, s.sample, s, trained["size"], 16, autocast)
+    s = replace(s, size=trained["size"], precision=trained["precision"])
+    pictures = draw(net, vae, encoded, s.sample, s)
     out = Path(s.run, "sample.png")
     data.save_sheet(out, pictures, min(4, len(pictures)), captions=s.sample)
     print(f"wrote {out}: {len(pictures)} pictures of {path} at step {file['step']}")
