@@ -78,14 +78,14 @@ class Settings(Run):
     min_score: float = 4.5     # Sec. 5.1: keep aesthetic scores above this
     resize: int = 480          # Sec. 5.1: shorter side after the bicubic resize
     interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
-    # a small folder gives five pictures all the same
+    # five pictures validate, where a folder is so small that 1% would be fewer
     val_share: float = 0.01    # not in the paper: share of pictures that validate; 1% is enough
-    # a scene has as many lines as --min-side asks for
+    # a scene is as high as --min-side
     count: int = 10_000        # not in the paper: scenes to draw when --images is "synthetic"
     max_pixels: int = 10**8    # not in the paper: larger is rejected, as a decompression bomb
 
 
-# The paper's 480 to 240 at about a quarter: a crop still shows half of the shorter side.
+# The paper's 480 and 240 divided by about four: a crop still shows half of the shorter side.
 CPU = dict(min_side=360, resize=128)
 PRESETS = {
     "paper": {},
@@ -112,14 +112,14 @@ def resize_shorter(x, side, how=InterpolationMode.BICUBIC):
 class Crops(Dataset):
     """Random crops of RUN/data/train, uint8 (3, crop, crop), mirrored half of the time.
 
-    Crop n is a function of (stage, seed, n) alone, so no step depends on workers, processes, or
-    where a run was interrupted.
+    Crop n is a function of (stage, seed, n) and the data set alone, so no step depends on workers,
+    processes, or where a run was interrupted.
     """
     def __init__(self, folder, crop, stage, seed):
         self.folder = Path(folder)
         self.crop = crop
         self.key = f"{stage}/{seed}"
-        picture_names(folder, crop)
+        picture_names(folder, crop)  # stops early where pictures are missing or too small
 
     def __getitem__(self, n):
         rng = random.Random(f"{self.key}/{n}")
@@ -159,7 +159,7 @@ def picture_names(folder, crop):
     if resize < crop:
         stop(f"a side of {crop} is larger than the pictures in {folder}, whose shorter side is "
              f"{resize}: run 01_data.py with a larger --resize first")
-    read_names.cache_clear()
+    read_names.cache_clear()  # 01 may have written the file anew since
     return read_names(Path(folder))
 
 
@@ -177,7 +177,8 @@ def prepare(name, parts, s):
 
     parts: what belongs to the picture, as functions that read it, {"picture": read} and perhaps
     ".txt" and ".json"; or the Exception that reading a shard raised. Returns a line for
-    metadata.jsonl with the key "split", or one for rejected.jsonl with the key "reason".
+    metadata.jsonl with the key "split", or one for rejected.jsonl with the key "reason". A picture
+    that could not be read is not tried again.
     """
     record = {"source": printable(name)}
     try:
@@ -191,16 +192,18 @@ def prepare(name, parts, s):
         # The split looks at the bare name alone: it never changes as a folder grows or moves.
         split = "val" if name_number(name) < s.val_share else "train"
         file_name = stored_name(name)
+        file = io.BytesIO()
         # Written in half the time of a PNG, and smaller.
-        store = functools.partial(TF.to_pil_image(x).save, format="WEBP", lossless=True, quality=0,
-                                  method=0)
-        write_aside(Path(s.run, "data", split, file_name), store)
+        TF.to_pil_image(x).save(file, format="WEBP", lossless=True, quality=0, method=0)
         record |= dict(split=split, file_name=file_name, text=caption, score=score,
                        original_width=size[0], original_height=size[1])
     except Exception as error:  # one bad file of a million stops nothing
         text = re.sub(r" <_io.*>", "", str(error))  # addresses in memory help nobody
         known = type(error) is ValueError
         record["reason"] = text if known else f"{type(error).__name__}: {text}"
+        return record
+    # A full disk is no fault of the picture: it ends the run, and the next one tries again.
+    write_aside(Path(s.run, "data", split, file_name), lambda f: f.write(file.getvalue()))
     return record
 
 
@@ -226,7 +229,7 @@ def stored_name(name):
 
 
 def to_rgb(read, min_side, max_pixels):
-    """uint8 sRGB (3, h, w), upright, transparency over white; also the original (width, height).
+    """uint8 sRGB (3, h, w), upright, transparency over white; and the file's own (width, height).
 
     read: a function that gives the file's bytes, or a PIL picture. Raises ValueError or Pillow's
     errors on what is broken, too small or enormous.
@@ -258,7 +261,7 @@ def to_rgb(read, min_side, max_pixels):
 
 
 def to_srgb(im, profile):
-    """Colors from the file's own profile (phones take Display P3) to sRGB; without it, a shift."""
+    """From the colors of the file's own profile (phones take Display P3) to sRGB."""
     if im.mode == "P":
         im = im.convert("RGBA" if im.has_transparency_data else "RGB")
     mode = "RGBA" if im.mode == "RGBA" else "RGB"
@@ -274,13 +277,15 @@ def eight_bits(im):
     values = np.asarray(im).astype(np.float32)
     white = 65535
     if not im.mode.startswith("I;16"):
+        # These modes do not say what white is: the smallest usual one that no value exceeds.
         largest = values.max()
         white = min((top for top in (1, 255, 65535) if largest <= top), default=largest)
     return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
 
 
 def describe(parts):
-    """Caption and aesthetic score, or None, from img2dataset's .txt and .json beside a picture."""
+    """(caption or "", aesthetic score or None) from img2dataset's .txt and .json beside a picture.
+    """
     meta = {}
     with contextlib.suppress(KeyError, ValueError):
         meta = json.loads(parts[".json"]())
@@ -317,14 +322,16 @@ class Source(IterableDataset):
 
 
 def find_units(images, own=None):
-    """Paths of pictures and .tar shards under the folder `images`, less what lies in `own`."""
+    """Paths of pictures and .tar shards under the folder `images`, less what the run in the folder
+    `own` wrote."""
     root = Path(images).expanduser()
     if not root.is_dir():
         stop(f"--images {images}: no such folder")
     units = []
     for folder, _, names in os.walk(root):
-        # A run folder may lie among the pictures: what it wrote is not read again.
-        if not (own and Path(folder).resolve().is_relative_to(own.resolve())):
+        # A run folder may lie among the pictures: its data and its sheets are not read again.
+        here = Path(folder).resolve()
+        if not own or here != own.resolve() and not here.is_relative_to(own.resolve() / "data"):
             wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
             units += [os.path.join(folder, name) for name in wanted]
     if not units:
@@ -332,11 +339,11 @@ def find_units(images, own=None):
     return units
 
 
-def pictures(units, images, seed=0, lines=Settings.min_side):
+def pictures(units, images, seed=0, height=Settings.min_side):
     """Yield (name, parts) of each picture in some units; see prepare for what parts are."""
     for unit in units:
         if isinstance(unit, int):
-            caption, draw = scene(seed, unit, lines)
+            caption, draw = scene(seed, unit, height)
             yield scene_name(unit), {"picture": draw, ".txt": caption.encode}
             continue
         name = os.path.relpath(unit, Path(images).expanduser())
@@ -395,7 +402,7 @@ def main(s):
     began = time.time()
     units = list(range(s.count))
     if s.images != "synthetic":
-        units = find_units(s.images, own=root)
+        units = find_units(s.images, own=Path(s.run))
     s = replace(s, val_share=fix_settings(root, units, s))
 
     files = {split: root / split / "metadata.jsonl" for split in ("train", "val")}
@@ -420,6 +427,7 @@ def main(s):
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
         counts[key] += 1
         if key == "rejected":
+            # Reasons that differ only in their numbers are counted together.
             reasons[re.sub(r"\d+(x\d+|\.\d+)?", "N", record["reason"])[:70]] += 1
 
     there = {split: write_index(root / split) for split in ("train", "val")}
@@ -430,6 +438,7 @@ def main(s):
         print(f"  rejected {number:6d}: {reason}")
     for split, number in there.items():
         if not number:
+            # Later stages refuse a folder without it.
             (root / split / "index.json").unlink()
             stop(f"{root}/{split} is empty: rejected.jsonl has reasons; give more pictures, "
                  "or another --val-share with a new --run")
@@ -439,7 +448,7 @@ def main(s):
 def fix_settings(root, units, s):
     """Keep the settings in RUN/data/settings.json and refuse others later. Returns val_share.
 
-    In a small folder val_share may be no picture at all. Then it is raised, once, so that five
+    In a small folder val_share may amount to no picture. Then it is raised, once, so that five
     pictures (at most a quarter) validate; the split still follows from names alone.
     """
     kept = root / "settings.json"
@@ -461,8 +470,8 @@ def write_index(folder):
     """Sort metadata.jsonl by file name; write names.npy and, last, index.json with its hash.
     Returns the number of pictures.
 
-    So no order of workers matters, nobody parses 100 million lines to know the names, and a
-    changed data set has another index.json.
+    So the order of workers does not matter, later stages need not parse 100 million lines for the
+    names, and a changed data set has another index.json.
     """
     path = folder / "metadata.jsonl"
     kind = [("name", "S64"), ("start", np.int64), ("end", np.int64)]
@@ -504,9 +513,9 @@ WORDS = ("harbor", "lantern", "meadow", "pebble", "thistle", "walnut", "copper",
          "saffron", "glacier", "marble", "orchard")
 
 
-def scene(seed, index, lines=Settings.min_side):
-    """Scene number `index`: its exact caption, and a function that draws it as a PIL picture with
-    so many lines. All that is told lies in the middle square."""
+def scene(seed, index, height=Settings.min_side):
+    """Scene number `index`: its exact caption, and a function that draws it as a PIL picture, to be
+    called once. All that the caption names lies in the middle square."""
     rng = random.Random(f"scene/{seed}/{index}")
     shape = rng.choice(SHAPES)
     pattern = rng.choice(PATTERNS)
@@ -515,7 +524,7 @@ def scene(seed, index, lines=Settings.min_side):
     caption = f"a {color} {shape} on a {pattern} {ground} background"
     if word:
         caption += f', with the word "{word}"'
-    draw = functools.partial(draw_scene, rng, lines, shape, color, pattern, ground, word)
+    draw = functools.partial(draw_scene, rng, height, shape, color, pattern, ground, word)
     return caption, draw
 
 
@@ -525,9 +534,9 @@ def told(caption):
     return words[1], words[2], words[5], words[6]
 
 
-def draw_scene(rng, lines, shape, color, pattern, ground, word):
-    size = (lines * 16 // 9, lines)
-    unit = lines / 720                            # lengths below are of a scene with 720 lines
+def draw_scene(rng, height, shape, color, pattern, ground, word):
+    size = (height * 16 // 9, height)
+    unit = height / 720  # lengths below are of a scene of 1280 x 720
     im = ramp(rng, size, ground, 0.85, 1.1)
     step = round(unit * rng.randint(70, 110))
     im.paste(shade(ground, 0.66), mask=draw_marks(size, pattern, step))
@@ -592,7 +601,7 @@ def corners(shape, x, y, radius, turn):
 
 
 # ---------------- synthetic scenes: read
-# A rule without a network: what a picture made from a prompt (07) shows of it.
+# Fixed rules, no network: 07 checks with them what a generated picture shows of its prompt.
 
 def read_scene(picture):
     """(color, shape, pattern, ground) that the pixels of a square scene (3, side, side) show."""
@@ -612,7 +621,7 @@ def read_scene(picture):
     # The figure is what is not ground, less a pixel, because edges mix hues.
     outside = ((label == ground) | (label < 0)).float()
     figure = F.max_pool2d(outside[None], 3, 1, 1)[0] == 0
-    color = most_frequent(label[figure & (label != ground)])
+    color = most_frequent(label[figure])
     names = list(COLORS)
     shape = read_shape((label == color) & (label != ground))
     pattern = read_pattern(x.mean(0) / palette[ground].mean(), label == ground)
@@ -655,6 +664,7 @@ def polygon_area(outline):
 def read_pattern(brightness, ground):
     """One of PATTERNS, from the share of the ground that dark marks cover, and from how much that
     share differs between columns. brightness (side, side), ground a mask of that shape."""
+    # Dots cover 0.2 of the ground, checks and stripes 0.5; only stripes differ between columns.
     dark = (brightness < 0.75) & ground
     share = dark.sum() / ground.sum().clamp(min=1)
     if share < 0.07:
@@ -869,7 +879,7 @@ def finish():
         dist.destroy_process_group()
 
 
-def average_gradients(parameters):
+def sum_gradients(parameters):
     """Add gradients up over processes; the losses were divided by their number.
 
     Always in this order, so that a resumed run rounds alike. (DistributedDataParallel orders its

@@ -114,8 +114,8 @@ def train_step(parts, vae, disc, perceptual, optimizers, s, add=add_gradients):
         for name in terms:
             values[name] += terms[name].detach() / s.accumulate
         del terms  # the discriminator's graph was retained
-    data.average_gradients(trained)
-    data.average_gradients(judging)
+    data.sum_gradients(trained)
+    data.sum_gradients(judging)
     values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
     values["grad_disc"] = torch.nn.utils.clip_grad_norm_(judging, s.clip)
     for optimizer in optimizers:

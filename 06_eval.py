@@ -4,8 +4,8 @@ Reads   RUN/vae.pt, vae_finetuned.pt, vae_denoising.pt, or --vae with any of: a 
         reads (FILE@N: a denoising decoder in N steps), diffusers:FOLDER_OR_ID[@SUBFOLDER], and two
         yardsticks without weights, bicubic:8 and jpeg:75. Pictures from --images DIR, else
         RUN/data/val.
-Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3),
-        RUN/latents.png (interpolations).
+Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5); for VAEs that load_vae reads also
+        RUN/activations.png (Fig. 3), RUN/latents.png (interpolations).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
 
     python 06_eval.py --preset imagenet256 --images /data/imagenet/val --vae vae.pt ae.safetensors
@@ -42,24 +42,25 @@ losses = importlib.import_module("03_losses")
 class Settings(data.Run):
     vae: tuple[str, ...] = ()  # files, FILE@N, diffusers:FOLDER, bicubic:N, jpeg:Q [the run's own]
     images: str = ""           # a folder of pictures or .tar shards [RUN/data/val]
-    size: int = 256            # Table 1: side; not in the paper: of a center crop
+    size: int = 256            # Table 1: side of the pictures; not in the paper: a center crop
     resize: int = 0            # not in the paper: shorter side before the crop; 0: as --size
     pictures: int = 0          # how many at most, in order of their names; 0 is all
-    latents: int = 16          # pictures for the report on latents and activations; 0: no report
+    latents: int = 16          # pictures for the report on latents, 0: none; activations: the first
     sample: bool = False       # not in the paper: a sample of the posterior, not its mean
-    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # trunk of the LPIPS column
-    fid: bool = False          # Sec. 5.3: rFID; needs torchmetrics, torch-fidelity, their weights
+    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's trunk
+    fid: bool = False          # Sec. 5.3, "FID": rFID; needs torchmetrics and torch-fidelity
 
 
 PRESETS = {
     "paper": {},
-    "imagenet256": {},  # Table 1
+    # The columns of Table 1.
+    "imagenet256": {},
     "imagenet512": dict(size=512),
     "coco512": dict(size=512),
     "ffhq1024": dict(size=1024),
     "small": dict(size=240, resize=480),
     "laptop": dict(size=128, perceptual_net="untrained"),
-    "demo": dict(size=64, resize=128, perceptual_net="untrained"),
+    "demo": dict(size=128, perceptual_net="untrained", latents=8),
 }
 
 
@@ -76,7 +77,7 @@ def ssim(x, y):
     def mean(v):
         return F.conv2d(F.conv2d(v, window, groups=3), window.mT, groups=3)
 
-    x = x.cpu().double()  # in float32 the variances would cancel
+    x = x.cpu().double()  # in float32 the variances would cancel; MPS has no float64
     y = y.cpu().double()
     mean_x = mean(x)
     mean_y = mean(y)
@@ -86,13 +87,23 @@ def ssim(x, y):
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x ** 2 + mean_y ** 2 + c1)
-    structure = (2 * cov + c2) / (var_x + var_y + c2)
-    return (luminance * structure).mean(dim=(1, 2, 3))
+    contrast_structure = (2 * cov + c2) / (var_x + var_y + c2)
+    return (luminance * contrast_structure).mean(dim=(1, 2, 3))
 
 
 # ---------------- the five artifacts, metered
-# A meter looks at originals x and reconstructions y, (b, 3, h, w) in 0..255, and gives a few
-# numbers per picture, (b, n). Their means over pictures give one reading: METERS, below.
+# 03_losses.py makes the artifacts; functions of the same names here measure them. Each compares
+# originals x and reconstructions y, (b, 3, h, w) in 0..255, and gives n numbers per picture.
+# Meter.read turns the means of these numbers over all pictures into one reading.
+
+@dataclass(frozen=True)
+class Meter:
+    numbers: Callable   # (x, y) to (b, n)
+    read: Callable      # means of the numbers, (n,), to the reading
+    ideal: float        # the reading of a perfect copy
+    edge: float         # from the ideal to here a reading is healthy
+    unit: str
+
 
 def color_shift(x, y):
     """Medians of the differences in CIELAB's a* and b*: blind to spots, lines and frames.
@@ -104,12 +115,15 @@ def color_shift(x, y):
 
 
 def grid(x, y):
-    """Four numbers of the steps from pixel to pixel: those of the luminance residual, then of the
-    original, each along rows, then along columns: (b, 16).
+    """Four means of steps, the differences of neighboring pixels, in four views: (b, 16).
 
-    Sec. 4: it "arose when the adversarial loss had too much weight". Blocks of random sign (as in
-    JPEG) step at borders; lines and checkerboards with periods of 8, 4 or 2 repeat after 8 px.
+    The means: steps at borders of 8 px cells, inside cells; differences of steps 7 or 9 px apart,
+    8 px apart. The views: luminance residual along rows, along columns, then the original likewise.
+    Two pairs of means, since there are two kinds of grid: blocks of random sign (as in JPEG) step
+    at borders; lines and checkerboards with a period of 8, 4 or 2 px repeat after 8 px.
+    Sec. 4: it "arose when the adversarial loss had too much weight".
     """
+    # not in the paper: cells of 8 px, one latent at f = 8; peers with another f are measured alike
     residual = gray(y) - gray(x)  # (b, h, w)
     numbers = []
     for v in (residual, residual.mT, gray(x), gray(x).mT):
@@ -120,10 +134,10 @@ def grid(x, y):
 
 def steps_at_borders(steps):
     """Mean size of the steps across borders of 8 px cells, and of those inside; each (b,)."""
-    end = (steps.shape[2] + 1) // 8 * 8 - 8
+    end = steps.shape[2] // 8 * 8  # whole cells; the last step of a cell crosses its border
     cells = steps[..., :end].abs().unflatten(2, (-1, 8))  # (b, h, cells, 8)
-    sizes = cells.mean(dim=(1, 2))  # (b, 8): the last is across borders
-    # Steps next to a border are raised too in VAEs, so they count for neither side.
+    sizes = cells.mean(dim=(1, 2))  # (b, 8)
+    # In VAEs the two steps beside a border are raised too: they are neither border nor inside.
     return sizes[:, 7], sizes[:, 1:6].mean(dim=1)
 
 
@@ -135,30 +149,29 @@ def steps_that_repeat(steps):
 
 
 def grid_reading(means):
-    """The larger of the residual's two ratios, borders over inside and 7 or 9 px over 8 px, each
-    divided by the original's own, which stripes raise; at least 1."""
-    means = means.view(2, 2, 4).mean(dim=1)  # (2, 4), rows and columns together
-    # A floor of one gray level.
-    residual, original = means[:, 0::2] / means[:, 1::2].clamp(min=1)
+    """How much larger steps are at borders than inside, or differ 7 or 9 px apart than 8: the
+    larger of these two ratios of the residual, over the original's own (stripes raise it)."""
+    means = means.view(2, 2, 4).mean(dim=1)  # (residual or original, four means)
+    large = means[:, [0, 2]]  # at borders; 7 or 9 px apart
+    small = means[:, [1, 3]]  # inside; 8 px apart
+    # Steps below one gray level are rounding, so no ratio is taken over less.
+    residual, original = large / small.clamp(min=1)
     return (residual / original.clamp(min=1)).max().clamp(min=1)
 
 
 def blur(x, y):
-    """Inner product of the frequencies above half of Nyquist, and the original's power there.
+    """What y keeps of x above half the Nyquist frequency: their inner product, and x's power.
 
     Sec. 4, Fig. 2d. The reading is the ratio, the share kept. Detail that is made up (a grid,
     noise) does not count as kept. The 16 px frame belongs to the corner meter.
     """
-    rows = []
-    for a, b in zip(gray(x), gray(y)):
-        a = high_frequencies(a[16:-16, 16:-16])
-        b = high_frequencies(b[16:-16, 16:-16])
-        rows.append(torch.stack([(a * b.conj()).real.sum(), a.abs().square().sum()]))
-    return torch.stack(rows)
+    a = high_frequencies(gray(x)[:, 16:-16, 16:-16])  # (b, n)
+    b = high_frequencies(gray(y)[:, 16:-16, 16:-16])
+    return torch.stack([(a * b.conj()).real.sum(dim=1), a.abs().square().sum(dim=1)], 1)
 
 
 def corner(x, y):
-    """Squared error in the 16 px frame, in the interior, in the frame's edges, in its corners.
+    """Mean squared error in the 16 px frame, and inside it.
 
     Sec. 4, Fig. 2e: "a frame of blur around the edges", from zero padding. The reading is frame
     over interior.
@@ -166,30 +179,22 @@ def corner(x, y):
     error = (y - x).square().mean(dim=1)  # (b, h, w)
     row = losses.distance_to_ends(error.shape[1])[:, None] < 16
     column = losses.distance_to_ends(error.shape[2]) < 16
-    parts = (row | column, ~(row | column), row ^ column, row & column)
-    return torch.stack([error[:, part.to(error.device)].mean(dim=1) for part in parts], 1)
+    frame = (row | column).to(error.device)
+    return torch.stack([error[:, frame].mean(dim=1), error[:, ~frame].mean(dim=1)], 1)
 
 
 def droplet(x, y):
     """How far the brightest spot of y stands above all of x within 9 pixels, in gray levels.
 
     Sec. 4, Fig. 2f: "bright spots in the pixel space". A shift that all of the picture shares is
-    taken out; blur cannot exceed the neighborhood it averages, nor can darker lines or frames.
+    taken out. Blur, darker lines and frames do not exceed the brightest pixel nearby. The mean
+    over pictures dilutes a droplet that is in few of them.
     """
     before = gray(x)
     after = gray(y)
     shift = (after - before).flatten(1).median(dim=1).values[:, None, None]
     above = after - shift - F.max_pool2d(before, 19, stride=1, padding=9)
     return above.flatten(1).amax(dim=1, keepdim=True).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class Meter:
-    numbers: Callable   # (x, y) to (b, n)
-    read: Callable      # means of the numbers, (n,), to the reading
-    ideal: float
-    edge: float         # of the healthy range
-    unit: str
 
 
 # not in the paper: numbers for artifacts; the edges are our judgement
@@ -199,20 +204,21 @@ METERS = {
     "blur": Meter(blur, lambda m: m[0] / m[1].clamp(min=1e-6), 1.0, 0.9, "share kept"),
     # 1 is added since an error of one gray level is no artifact
     "corner": Meter(corner, lambda m: (m[0] + 1) / (m[1] + 1), 1.0, 2.0, "ratio"),
-    "droplet": Meter(droplet, torch.Tensor.sum, 0.0, 8.0, "gray levels"),
+    "droplet": Meter(droplet, lambda m: m[0], 0.0, 8.0, "gray levels"),
 }
 
 
 def high_frequencies(x):
-    """What a gray picture (h, w) in 0..255 has above half the Nyquist frequency: complex values
-    of a Hann-windowed spectrum, whose squares add up to a power per pixel."""
-    h, w = x.shape
+    """What gray pictures (..., h, w) in 0..255 have above half the Nyquist frequency: complex
+    values of a Hann-windowed spectrum, (..., n), whose squares add up to a power per pixel."""
+    h, w = x.shape[-2:]
     window = (torch.hann_window(h)[:, None] * torch.hann_window(w)).to(x)
-    spectrum = torch.fft.fft2((x - x.mean()) * window) / (h * w * window.square().sum()).sqrt()
+    x = x - x.mean(dim=(-2, -1), keepdim=True)
+    spectrum = torch.fft.fft2(x * window) / (h * w * window.square().sum()).sqrt()
     rows = torch.fft.fftfreq(h)[:, None]
     columns = torch.fft.fftfreq(w)
     high = (rows.square() + columns.square()).sqrt() > 0.25
-    return spectrum[high.to(x.device)]
+    return spectrum[..., high.to(x.device)]
 
 
 def gray(x):
@@ -242,6 +248,7 @@ def activation_norms(vae, z):
     norms = {}
 
     def remember(name, module, inputs, out):
+        # A denoising decoder runs its blocks once per step: the last step stays.
         norms[name] = out[0].float().norm(dim=0)
 
     hooks = []
@@ -259,10 +266,13 @@ def activation_norms(vae, z):
 
 @torch.no_grad()
 def latent_report(vae, pictures, seed):
-    """What the latents of some pictures (1, 3, h, w) are like, and how decoding bears noise."""
-    q = [vae.encode(x) for x in pictures]
-    mu = torch.cat([p.mu.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()  # (., k)
-    logvar = torch.cat([p.logvar.movedim(1, -1).flatten(0, -2) for p in q]).cpu().double()
+    """What the latents of some pictures (1, 3, h, w) are like, and what PSNR is left when noise is
+    added to them."""
+    posteriors = [vae.encode(x) for x in pictures]
+    mu = torch.cat([q.mu.movedim(1, -1).flatten(0, -2) for q in posteriors])  # (., k)
+    logvar = torch.cat([q.logvar.movedim(1, -1).flatten(0, -2) for q in posteriors])
+    mu = mu.cpu().double()
+    logvar = logvar.cpu().double()
     kl = losses.kl_values(mu, logvar).mean(dim=0)  # (k,)
     sigma2 = logvar.exp().mean(dim=0)
     variance = mu.var(dim=0) + sigma2
@@ -271,10 +281,12 @@ def latent_report(vae, pictures, seed):
     robustness = {}
     for strength in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5):
         psnr = []
-        for x, p in zip(pictures, q):
-            noise = torch.randn(p.mu.shape, generator=generator) * std
-            psnr.append(losses.psnr(x, vae.decode(p.mu + strength * noise.to(x.device))))
+        for x, q in zip(pictures, posteriors):
+            noise = torch.randn(q.mu.shape, generator=generator) * std
+            x_hat = vae.decode(q.mu + strength * noise.to(x.device))
+            psnr.append(losses.psnr(x, x_hat).clamp(max=100))
         robustness[str(strength)] = torch.cat(psnr).mean().item()
+    # not in the paper: a channel is active above 0.01 nats per value
     return {"mean": mu.mean(dim=0).tolist(), "std": variance.sqrt().tolist(), "kl": kl.tolist(),
             "active": int((kl > 0.01).sum()), "channels": len(kl),
             "posterior_share": (sigma2 / variance).mean().item(),
@@ -304,6 +316,8 @@ def theirs(net, s, x):
     q = net.encode(x)
     q = getattr(q, "latent_dist", q)
     names = [name for name in ("mean", "latents", "latent") if hasattr(q, name)]
+    if not names:
+        data.stop(f"--vae: {type(net).__name__} gives no mean, latents or latent")
     z = getattr(q, names[0])
     if s.sample and hasattr(q, "std"):
         z = z + q.std * seeded_noise(z, s)
@@ -311,6 +325,7 @@ def theirs(net, s, x):
 
 
 def seeded_noise(z, s):
+    """The same noise for every picture, so that their order does not matter."""
     return torch.randn(z.shape, generator=torch.Generator().manual_seed(s.seed)).to(z)
 
 
@@ -332,10 +347,9 @@ def open_model(spec, s, device):
         if steps < 1 or not isinstance(vae.decoder, model.DenoisingDecoder):
             data.stop(f"--vae {spec}: @N is for a decoder that denoises, in at least one step")
         vae.decoder.steps = steps
-    alike = [os.path.abspath(Path(v).parent) for v in s.vae if model_name(v) == model_name(spec)]
     name = model_name(spec)
-    if len(alike) > 1:  # files of one name are told apart by folder
-        name = os.path.relpath(spec, os.path.commonpath(alike))
+    if [model_name(other) for other in s.vae].count(name) > 1:
+        name = "/".join(Path(spec).parts[-2:])  # files of one name are told apart by folder
     return name, functools.partial(ours, vae, s), vae
 
 
@@ -356,12 +370,13 @@ def open_diffusers(spec, place, s, device):
     try:
         from diffusers import AutoModel
     except ImportError:
-        data.stop(f"--vae {spec} needs the diffusers package: pip install diffusers")
+        data.stop(f"--vae {spec} needs the diffusers package: pip install -U diffusers")
     try:
         name, _, subfolder = place.partition("@")
         net = AutoModel.from_pretrained(name, subfolder=subfolder or None).to(device).eval()
     except Exception as error:
-        data.stop(f"--vae {spec} cannot be loaded: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        data.stop(f"--vae {spec} cannot be loaded: {reason}")
     return name.rstrip("/").rsplit("/", 1)[-1], functools.partial(theirs, net, s), None
 
 
@@ -376,6 +391,8 @@ def read_pictures(s, skipped):
     found = data.pictures(units, s.images or folder)
     for name, parts in itertools.islice(found, s.pictures or None):
         try:
+            if isinstance(parts, Exception):  # a shard or file that could not be opened
+                raise parts
             x, _ = data.to_rgb(parts["picture"], 1, data.Settings.max_pixels)
         except Exception as error:
             skipped[name] = error
@@ -387,10 +404,10 @@ def read_pictures(s, skipped):
 
 @torch.no_grad()
 def evaluate(spec, s, device, perceptual, pictures, skipped):
-    """Measure one model, which does not stay in memory.
+    """Measure one model; it is freed on return.
 
-    Returns {"row": numbers, "shown": first three (name, original, reconstruction), and for ours
-    "norms": Fig. 3, "between": an interpolation}. pictures: those for the report on latents.
+    Returns {"row": numbers, "shown": first three (original, reconstruction), and for ours "norms":
+    Fig. 3, "between": an interpolation}. pictures: those for the report on latents.
     """
     reset_peak(device)
     name, reconstruct, vae = open_model(spec, s, device)
@@ -400,21 +417,21 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
     shown = []
     count = 0
     began = time.time()
-    for picture, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
+    for _, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
         x8 = x8[None].to(device)
         x = losses.from_uint8(x8)  # (1, 3, size, size)
         y8 = losses.to_uint8(reconstruct(x))
         y = losses.from_uint8(y8)
-        sums["psnr"] += losses.psnr(x, y).item()
+        sums["psnr"] += losses.psnr(x, y).clamp(max=100).item()  # of an exact copy it is infinite
         sums["ssim"] += ssim(x8, y8).item()
         sums["lpips"] += perceptual(x, y).item()
         for key, meter in METERS.items():
-            numbers[key] = numbers[key] + meter.numbers(x8.float(), y8.float())[0].cpu()
+            numbers[key] += meter.numbers(x8.float(), y8.float())[0].cpu()
         if fid:
             fid.update(x8, real=True)
             fid.update(y8, real=False)
         if count < 3:
-            shown.append((picture, x8[0].cpu(), y8[0].cpu()))
+            shown.append((x8[0].cpu(), y8[0].cpu()))
         count += 1
     row = {"name": name, "pictures": count} | {key: v / count for key, v in sums.items()}
     row |= {key: meter.read(numbers[key] / count).item() for key, meter in METERS.items()}
@@ -435,9 +452,10 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
 
 
 def interpolate(vae, pictures):
-    """From one picture to another in seven steps of the latent."""
+    """Seven decoded pictures on the line between the latents of the first two pictures."""
     first = vae.encode(pictures[0]).mu
-    second = vae.encode(pictures[:2][-1]).mu
+    # A single picture is its own partner.
+    second = vae.encode(pictures[min(1, len(pictures) - 1)]).mu
     steps = [torch.lerp(first, second, t / 6) for t in range(7)]
     return [losses.to_uint8(vae.decode(z))[0] for z in steps]
 
@@ -470,10 +488,10 @@ def peak_gib(device):
 
 # ---------------- tables and pictures
 
-def table(rows, protocol):
+def table(rows, protocol_lines):
     """Aligned Markdown, the protocol below."""
     columns = {"psnr": ("PSNR, dB", "", 2), "ssim": ("SSIM", "", 4),
-               "lpips": (protocol["lpips"], "", 4)}
+               "lpips": (protocol_lines["lpips"], "", 4)}
     for name, meter in METERS.items():
         sign = ">" if meter.edge < meter.ideal else "<"
         digits = 3 if name == "blur" else 2
@@ -491,7 +509,7 @@ def table(rows, protocol):
         padded = [cell.ljust(width) for cell, width in zip(row, widths)]
         lines.append("| " + " | ".join(padded) + " |")
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    lines += ["", *(f"{key}: {value}" for key, value in protocol.items()), ""]
+    lines += ["", *(f"{key}: {value}" for key, value in protocol_lines.items()), ""]
     return "\n".join(lines)
 
 
@@ -513,12 +531,13 @@ def protocol(s, pictures, skipped, device):
     lines = {
         "pictures": f"{pictures} from {s.images or Path(s.run, 'data', 'val')}, "
                     f"{skipped} passed over",
-        "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic, center crop "
-                       f"of {s.size}, 8 bits to [-1, 1]",
+        "preparation": f"shorter side to {s.resize or s.size} by antialiased bicubic (smaller "
+                       f"pictures enlarged), center crop of {s.size}, 8 bits to [-1, 1]",
         "reconstruction": "EMA weights where the file has them, posterior "
                           f"{'sample' if s.sample else 'mean'}, clamped and rounded to 8 bits, one "
                           "picture at a time",
-        "metrics": "means over pictures; SSIM with a Gaussian window of 11 x 11, deviation 1.5",
+        "metrics": "means over pictures; PSNR of an exact copy counts as 100 dB; SSIM with a "
+                   "Gaussian window of 11 x 11, deviation 1.5",
         "lpips": f"LPIPS ({s.perceptual_net})",
         "device": device.type}
     if s.perceptual_net == "untrained":
@@ -528,22 +547,22 @@ def protocol(s, pictures, skipped, device):
     return lines
 
 
-def write_report(run, rows, lines):
-    text = table(rows, lines)
+def write_report(run, rows, protocol_lines):
+    text = table(rows, protocol_lines)
     text += "".join(latent_lines(row) for row in rows if "latents" in row)
     print(text)
     data.write_text(run / "eval.md", text)
-    report = json.dumps({"protocol": lines, "rows": rows}, indent=1)
+    report = json.dumps({"protocol": protocol_lines, "rows": rows}, indent=1)
     data.write_text(run / "eval.json", report)
 
 
 def draw_comparison(path, results):
-    """Fig. 5: three pictures, each whole, the piece with most detail zoomed, and five times the
+    """Fig. 5: three pictures, each whole, its most detailed part magnified, and five times the
     error; the original first, then each model."""
     tiles = []
     labels = []
-    for i, (_, x, _) in enumerate(results[0]["shown"]):
-        side = max(16, x.shape[1] // 4)
+    for i, (x, _) in enumerate(results[0]["shown"]):
+        side = x.shape[1] // 4
         half = side // 2
         fine = gray(x[None].float())
         fine = (fine - F.avg_pool2d(fine, 9, 1, 4, count_include_pad=False)).square()
@@ -551,7 +570,7 @@ def draw_comparison(path, results):
         best = int(detail.argmax())
         top = best // detail.shape[1] * half
         left = best % detail.shape[1] * half
-        shown = [x] + [result["shown"][i][2] for result in results]
+        shown = [x] + [result["shown"][i][1] for result in results]
         pieces = [picture[:, top:top + side, left:left + side] for picture in shown]
         tiles += shown
         tiles += [data.resize_shorter(piece, x.shape[1], data.NEAREST) for piece in pieces]
@@ -563,19 +582,22 @@ def draw_comparison(path, results):
 
 
 def draw_activations(path, results):
-    """Fig. 3: norms after each block of the decoder, dark to bright, scaled by their median."""
+    """Fig. 3: norms after each block of the decoder, each layer over its own median; white is four
+    times that. Decoders with other layers than the first one's are left out."""
+    layers = list(results[0]["norms"])
+    alike = [result for result in results if list(result["norms"]) == layers]
+    if len(alike) < len(results):
+        print(f"{path.name} leaves out {len(results) - len(alike)} decoders with other layers")
     tiles = []
-    for result in results:
-        norms = result["norms"]
-        size = max(v.shape[0] for v in norms.values())
-        for v in norms.values():
+    for result in alike:
+        norms = result["norms"].values()
+        size = max(v.shape[0] for v in norms)
+        for v in norms:
             scaled = (v / v.median().clamp(min=1e-6) * 64).clamp(0, 255)
             tiles.append(F.interpolate(scaled[None, None], size=size)[0].byte().expand(3, -1, -1))
-    if len({len(result["norms"]) for result in results}) > 1:
-        print(f"{path.name} is not drawn: these decoders have different numbers of layers")
-        return
-    titles = [layer.replace(".block", "") for layer in norms]
-    data.save_sheet(path, tiles, len(norms), titles, [r["row"]["name"][:14] for r in results])
+    titles = [layer.replace(".block", "") for layer in layers]
+    names = [result["row"]["name"][:14] for result in alike]
+    data.save_sheet(path, tiles, len(layers), titles, names)
 
 
 # ---------------- main
@@ -584,16 +606,16 @@ def main(s):
     if s.dry_run:
         return data.print_settings(s)
     if s.size < 64:
-        data.stop(f"--size {s.size} must be at least 64: an interior beside a frame of 16 pixels")
+        data.stop(f"--size {s.size} must be at least 64: meters look inside a frame of 16 pixels")
     if 0 < s.resize < s.size:
-        data.stop(f"--size {s.size} must be at most --resize {s.resize}, which may come from the "
-                  f"preset: add --resize {s.size}, or 0 for as much as --size")
+        data.stop(f"--size {s.size} must be at most --resize {s.resize} (the preset's, unless you "
+                  f"gave it): add --resize {s.size}, or --resize 0 for the same as --size")
     device = data.pick_device(s.device)
     run = Path(s.run)
     own = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
     specs = s.vae or [str(path) for path in own if path.is_file()] or [str(own[0])]
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # Table 2: FP32, on any GPU
     skipped = {}
     some = itertools.islice(read_pictures(s, skipped), max(1, s.latents))
     pictures = [losses.from_uint8(x[None].to(device)) for _, x in some]

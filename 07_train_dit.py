@@ -7,11 +7,12 @@ Writes  RUN/latents (once), RUN/dit.pt, RUN/dit.png (prompts and their pictures)
 Paper   Sec. 3.3, 6.3, A.3, Table 4, Fig. 6.
 
     python 07_train_dit.py --preset small --run runs/mine
-    python 07_train_dit.py --preset small --run runs/mine --sample "a red star" "a cyan circle"
+    python 07_train_dit.py --sample "a red circle on a striped cyan background"
 
-The numbers of A.3 are those of Kandinsky 5 Lite (by the same authors, "K5" below): where the paper
-is silent, that network's layout is followed. Shapes: b pictures, k latent channels, h and w sides
-of the latent, n = h w / patch^2 its patches, l text tokens, d the width.
+Sec. 6.3 calls the network similar to LI-DiT. The numbers of A.3 are those of Kandinsky 5 Lite (by
+the same authors, "K5" below): where the paper is silent, that network's layout is followed.
+Shapes: b pictures, k latent channels, h and w sides of the latent, n = h w / patch^2 its patches,
+l text tokens, d the width. c (b, d_t) is the condition: time, and the prompt as one vector.
 """
 import copy
 import functools
@@ -49,15 +50,15 @@ class Network:
     time_width: int = 512      # A.3.2: time embedding dimension d_t
     blocks: int = 32           # A.3.2: N, transformer blocks; here those with cross-attention
     refiner_blocks: int = 2    # not in the paper: as in K5
-    # how many values of a head turn with frame, row and column; their sum is a head
+    # values of a head that turn with frame, with row and with column; together they are the head
     head_axes: tuple[int, ...] = (16, 24, 24)  # not in the paper: as in K5
     absolute: bool = False     # not in the paper: sines of row and column added; K5 has none
-    linear_guess: bool = False  # not in the paper: added to the velocity; K5 has none
+    linear_guess: bool = False  # not in the paper: adds the best multiple of x_t; K5 has none
     patch: int = 2             # A.3.2: latent patch size
     latent_channels: int = model.Architecture.latent_channels  # Table 2
     # bytes: an embedding of the prompt's bytes that is learned and needs nothing
     text_encoder: Literal["qwen-clip", "bytes"] = "qwen-clip"  # A.3.1
-    qwen: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # A.3.1; on the hub, or a folder
+    qwen: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # A.3.1; on the hub, or a folder that stays
     text_width: int = 3584     # A.3.1: d_Qwen
     text_length: int = 256     # A.3.1: L_Qwen, tokens of a prompt at most
     clip: str = "openai/clip-vit-large-patch14"  # not in the paper: which CLIP; K5's, 768 wide
@@ -94,13 +95,14 @@ class Settings(data.TrainingRun, Network):
     val_every: int = 5_000     # steps between two points of Fig. 6
     save_every: int = 1_000    # steps between two checkpoints
     val_prompts: int = 1000    # not in the paper: prompts that Fig. 6 is taken over, at most
-    clip_score: str = "openai/clip-vit-base-patch32"  # Fig. 6: CLIP as in the cited [16]; "": none
+    clip_score: str = "openai/clip-vit-base-patch32"  # not in the paper: which; [16]'s; "": none
     sample: tuple[str, ...] = ()  # only draw these prompts, from RUN/dit.pt
     sample_steps: int = 50     # not in the paper: Euler steps, as in K5
     guidance: float = 5.0      # not in the paper: as in K5; 1 is the prompt alone
     shift: float = 3.0         # not in the paper: more steps where there is more noise, as in K5
 
 
+# Found on scenes: "Quality per minute" in tests/README.md has what was tried.
 SCENES = dict(text_encoder="bytes", clip_score="", absolute=True, t_shift=2.0)
 DEMO = SCENES | dict(
     width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, head_axes=(8, 12, 12),
@@ -120,6 +122,7 @@ PRESETS = {
 # ---------------- parts of the transformer (A.3.2)
 
 def full_precision(x):
+    """A context without autocast on the device of x."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -152,6 +155,7 @@ def modulation(a, parts):
     return nn.Sequential(nn.SiLU(), linear)
 
 
+# not in the paper: RMSNorm on queries and keys, and rotary positions; as in K5
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm on queries and keys."""
     def __init__(self, a):
@@ -194,12 +198,15 @@ class Block(nn.Module):
         """x (b, n, d), c (b, d_t), text (b, l, d). Sums are FP32, since the gates are."""
         with full_precision(c):
             m = self.modulation(c)[:, None].split(x.shape[-1], -1)  # 6 or 9 of (b, 1, d)
-        y = ada_norm(x, m[0], m[1])
-        x = x + m[2] * self.self_attention(y, y, turn, mask)
+        shift, scale, gate = m[:3]
+        y = ada_norm(x, shift, scale)
+        x = x + gate * self.self_attention(y, y, turn, mask)
         if self.cross_attention is not None:
-            y = ada_norm(x, m[3], m[4])
-            x = x + m[5] * self.cross_attention(y, text, mask=text_mask)
-        return x + m[-1] * self.feed_forward(ada_norm(x, m[-3], m[-2]))
+            shift, scale, gate = m[3:6]
+            y = ada_norm(x, shift, scale)
+            x = x + gate * self.cross_attention(y, text, mask=text_mask)
+        shift, scale, gate = m[-3:]
+        return x + gate * self.feed_forward(ada_norm(x, shift, scale))
 
 
 WORD = 16  # bytes of a word that are looked at
@@ -249,23 +256,12 @@ class DiT(nn.Module):
     def forward(self, x, t, tokens, mask, pooled):
         """x (b, k, h, w): normalized latents mixed with noise. t (b,): 0 is the picture, 1 noise.
         tokens (b, l, d_text) with mask (b, l), True at a prompt's own tokens, and pooled
-        (b, d_pooled); with "bytes" words, and pooled is not looked at."""
+        (b, d_pooled). With "bytes", tokens are words (b, l, WORD), and pooled is ignored."""
         if self.bytes is not None:
             tokens, pooled = self.bytes(tokens, mask)
-        elif tokens.dtype == torch.int16:  # bits of bfloat16, from the cache
-            tokens = tokens.view(torch.bfloat16)
-        with full_precision(x):
-            wave = model.angles(1000 * t.float(), self.a.width // 2)
-            time = self.time(torch.cat([wave.cos(), wave.sin()], 1))
-            # not in the paper: text beside time, as in K5
-            c = time + self.pooled(pooled.float())  # (b, d_t)
-
+        c = self.condition(t, pooled)
         mask = mask[:, None, None]  # (b, 1, 1, l)
-        text = self.text(tokens.to(x.dtype))  # (b, l, d)
-        place = torch.arange(text.shape[1], dtype=torch.float32, device=x.device)
-        turn = turns((sum(self.a.head_axes),), place)
-        for block in self.refiner:
-            text = self.run(block, text, c, turn, mask)
+        text = self.refine(tokens.to(x.dtype), mask, c)
 
         guess = linear_velocity(x, t) if self.a.linear_guess else 0
         p = self.a.patch
@@ -280,14 +276,31 @@ class DiT(nn.Module):
             wave = torch.cat([model.angles(v, self.a.width // 4) for v in (row, column)], 1)
             x = x + torch.cat([wave.cos(), wave.sin()], 1)
         for block in self.blocks:
-            x = self.run(block, x, c, turn, None, text, mask)
+            x = self.through(block, x, c, turn, None, text, mask)
 
         with full_precision(x):
             shift, scale = self.out_modulation(c)[:, None].chunk(2, -1)
             x = self.out(ada_norm(x, shift, scale))  # (b, n, k p p)
         return guess + from_patches(x, p, rows)  # (b, k, h, w)
 
-    def run(self, block, *inputs):
+    def condition(self, t, pooled):
+        """What every AdaNorm sees, c (b, d_t)."""
+        with full_precision(t):
+            wave = model.angles(1000 * t.float(), self.a.width // 2)
+            time = self.time(torch.cat([wave.cos(), wave.sin()], 1))
+            # not in the paper: text beside time, as in K5
+            return time + self.pooled(pooled.float())
+
+    def refine(self, tokens, mask, c):
+        """Token Refiner: from tokens (b, l, d_text) to the text that patches look at, (b, l, d)."""
+        text = self.text(tokens)
+        place = torch.arange(text.shape[1], dtype=torch.float32, device=text.device)
+        turn = turns((sum(self.a.head_axes),), place)
+        for block in self.refiner:
+            text = self.through(block, text, c, turn, mask)
+        return text
+
+    def through(self, block, *inputs):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -300,14 +313,15 @@ def to_patches(x, p):
 
 
 def from_patches(x, p, rows):
-    """Patches (b, n, k p p) put together again: (b, k, h, w). Channels come first, as in K5."""
+    """Patches (b, n, k p p) put together: (b, k, h, w). Not the inverse of to_patches, whose
+    values have channels last; both as in K5."""
     x = x.unflatten(2, (-1, p, p)).unflatten(1, (rows, -1))  # (b, rows, columns, k, p, p)
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def linear_velocity(x, t):
-    """The linear map of x_t that comes closest to the velocity, were latents as independent as
-    the noise: cov(v, x_t) / var(x_t) = (t - (1 - t)) / (t^2 + (1 - t)^2)."""
+    """The multiple of x_t that comes closest to the velocity, were latents independent and of
+    variance 1: cov(v, x_t) / var(x_t) = (t - (1 - t)) / (t^2 + (1 - t)^2)."""
     t = t[:, None, None, None]
     return (2 * t - 1) / (t**2 + (1 - t)**2) * x
 
@@ -386,7 +400,8 @@ def draw(net, vae, encoded, prompts, s):
 
 
 # ---------------- text (A.3.1)
-# An encoder turns prompts into pairs (tokens (l, .) int16, pooled (.,)), l their own length.
+# An encoder turns each prompt into a pair (tokens, pooled). With l tokens that are Qwen's states
+# (l, d_text) in bfloat16 and CLIP's vector (d_pooled,); or words (l, WORD) in int16, and nothing.
 
 # not in the paper: from K5, its spelling too; tokens of all before the caption are cut off again
 TEMPLATE = ("<|im_start|>system\nYou are a promt engineer. Describe the image by detailing the "
@@ -412,7 +427,7 @@ def encode_bytes(a, prompts):
 
 
 class QwenClip:
-    """Qwen's last hidden states (bits of bfloat16), and CLIP's state at the end of the text."""
+    """Qwen's last hidden states, and CLIP's state at the end of the text."""
     def __init__(self, a, device):
         try:
             from transformers import AutoModel, AutoTokenizer, CLIPTextModel
@@ -420,9 +435,9 @@ class QwenClip:
             data.stop("--text-encoder qwen-clip needs the transformers package: pip install "
                       "transformers; or take --text-encoder bytes")
         try:
-            self.words = AutoTokenizer.from_pretrained(a.qwen, padding_side="right")
+            self.qwen_tokenizer = AutoTokenizer.from_pretrained(a.qwen, padding_side="right")
             self.qwen = AutoModel.from_pretrained(a.qwen, dtype=torch.bfloat16).to(device).eval()
-            self.pieces = AutoTokenizer.from_pretrained(a.clip)
+            self.clip_tokenizer = AutoTokenizer.from_pretrained(a.clip)
             self.clip = CLIPTextModel.from_pretrained(a.clip).to(device).eval()
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -431,7 +446,7 @@ class QwenClip:
         self.check(a.clip, self.clip, a.pooled_width, "--pooled-width")
         self.a = a
         self.device = device
-        self.start = len(self.words(TEMPLATE).input_ids)
+        self.start = len(self.qwen_tokenizer(TEMPLATE).input_ids)
 
     def check(self, name, net, width, flag):
         config = getattr(net.config, "text_config", net.config)
@@ -448,12 +463,13 @@ class QwenClip:
     def encode(self, prompts):
         # With causal attention and padding on the right, no token sees what is padded.
         texts = [TEMPLATE + prompt + "<|im_end|>" for prompt in prompts]
-        q = self.words(texts, padding=True, truncation=True, return_tensors="pt",
-                       max_length=self.start + self.a.text_length).to(self.device)
+        q = self.qwen_tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.start + self.a.text_length).to(self.device)
         states = self.qwen(input_ids=q.input_ids, attention_mask=q.attention_mask)
-        states = states.last_hidden_state[:, self.start:].bfloat16().view(torch.int16).cpu()
-        c = self.pieces(prompts, padding="max_length", truncation=True, return_tensors="pt",
-                        max_length=self.a.pooled_length).to(self.device)
+        states = states.last_hidden_state[:, self.start:].bfloat16().cpu()
+        c = self.clip_tokenizer(prompts, padding="max_length", truncation=True,
+                                return_tensors="pt",
+                                max_length=self.a.pooled_length).to(self.device)
         pooled = self.clip(**c).pooler_output.float().cpu()
         lengths = (q.attention_mask.sum(1) - self.start).tolist()
         return [(tokens[:length], p) for tokens, length, p in zip(states, lengths, pooled)]
@@ -480,20 +496,21 @@ def pad(pairs, length=0, device="cpu"):
 # RUN/latents: 00000.pt, 00001.pt, ... of PER_FILE pictures each. A file is complete or absent.
 
 PER_FILE = 1024
-AT_ONCE = 16  # pictures through the encoder
+ENCODED_AT_ONCE = 16  # pictures
 # Of the synthetic scenes: what is never trained on, so that prompts can ask for new combinations.
 HELD_OUT = tuple(zip(data.COLORS, data.SHAPES))
 
 
 def captions(s, split):
-    """Yield (file name, caption) of pictures that have one; of scenes without what is held out."""
+    """Yield (file name, caption) of pictures that have one; of scenes without what is held out.
+    Stops where pictures or captions are missing, or pictures are too small."""
     folder = Path(s.run, "data", split)
     data.picture_names(folder, s.size)
-    scenes = is_scenes(s) and split == "train"
+    leave_out = is_scenes(s) and split == "train"
     found = False
     for line in data.read_jsonl(folder / "metadata.jsonl"):
         text = line["text"]
-        if text.strip() and not (scenes and data.told(text)[:2] in HELD_OUT):
+        if text.strip() and not (leave_out and data.told(text)[:2] in HELD_OUT):
             found = True
             yield line["file_name"], text
     if not found:
@@ -519,16 +536,17 @@ class Squares(Dataset):
 
 
 def own_files(s, folder):
-    """Yield (path, number of the first picture, lines) of the files that this process must make."""
+    """Yield (path, number of the first picture, [(file name, caption)]) of each file that this
+    process must make."""
     rank, world = data.processes()
-    lines = captions(s, "train")
+    source = captions(s, "train")
     for number in itertools.count():
-        some = list(itertools.islice(lines, PER_FILE))
-        if not some:
+        pictures = list(itertools.islice(source, PER_FILE))
+        if not pictures:
             return
         path = folder / f"{number:05d}.pt"
         if number % world == rank and not path.exists():
-            yield path, number * PER_FILE, some
+            yield path, number * PER_FILE, pictures
 
 
 def cache(s, vae, vae_parent, device):
@@ -550,26 +568,28 @@ def make_files(s, vae, encode, folder, device):
     loader = iter(DataLoader(Squares(s), batch_sampler=own_batches(s, folder),
                              num_workers=data.loader_workers(s, device)))
     bar = tqdm(unit="picture", desc="latents", disable=data.processes()[0] > 0, **data.BAR)
-    for path, first, lines in own_files(s, folder):
+    for path, first, pictures in own_files(s, folder):
         latents = []
-        for number in range(first, first + len(lines), AT_ONCE):
+        for number in range(first, first + len(pictures), ENCODED_AT_ONCE):
             x = losses.from_uint8(next(loader).to(device))  # (b, 3, size, size)
             latents.append(encode_views(x, vae, number, s))
             bar.update(len(x) * data.processes()[1])
-        pairs = encode(["", *(text for _, text in lines)])
-        ends = torch.tensor([len(tokens) for tokens, _ in pairs]).cumsum(0)
-        data.save_checkpoint(path, latents=torch.cat(latents), ends=ends,
+        pairs = encode(["", *(text for _, text in pictures)])
+        # Prompt i has tokens[bounds[i]:bounds[i + 1]]; the empty prompt stands first.
+        bounds = torch.tensor([0, *(len(tokens) for tokens, _ in pairs)]).cumsum(0)
+        data.save_checkpoint(path, latents=torch.cat(latents), bounds=bounds,
                              tokens=torch.cat([tokens for tokens, _ in pairs]),
                              pooled=torch.stack([pooled for _, pooled in pairs]))
     bar.close()
 
 
 def own_batches(s, folder):
-    """The names of the pictures in own_files, AT_ONCE at a time."""
-    for _, _, lines in own_files(s, folder):
-        names = [name for name, _ in lines]
-        for i in range(0, len(names), AT_ONCE):
-            yield names[i:i + AT_ONCE]
+    """The names of the pictures in own_files, a few at a time. The loader asks for them ahead of
+    make_files; both see the same files, for none is written before it was asked for."""
+    for _, _, pictures in own_files(s, folder):
+        names = [name for name, _ in pictures]
+        for i in range(0, len(names), ENCODED_AT_ONCE):
+            yield names[i:i + ENCODED_AT_ONCE]
 
 
 @torch.no_grad()
@@ -614,18 +634,15 @@ def read_latents(path):
     return torch.load(path, mmap=True, weights_only=True)
 
 
-class Pairs(Dataset):
+class Examples(Dataset):
     """Latents and prompts in RUN/latents, with all that is random about a step: item number i is
     a function of (seed, i) alone."""
     def __init__(self, folder, s):
         self.files = sorted(Path(folder).glob("*.pt"))
-        self.pictures = (len(self.files) - 1) * PER_FILE + self.size(self.files[-1])
+        last = read_latents(self.files[-1])
+        self.pictures = (len(self.files) - 1) * PER_FILE + len(last["latents"])
         self.views = 1 + s.flip
         self.s = s
-
-    @staticmethod
-    def size(path):
-        return len(read_latents(path)["latents"])
 
     def __getitem__(self, number):
         generator = data.generator(self.s.seed, number)
@@ -635,11 +652,12 @@ class Pairs(Dataset):
         place = i % PER_FILE
         x = file["latents"][place, flipped].float()  # (k, h, w)
         noise = torch.randn(x.shape, generator=generator)
-        t = torch.sigmoid(torch.randn((), generator=generator))
+        t = torch.sigmoid(torch.randn((), generator=generator))  # as in SD 3, see t_shift
         dropped = torch.rand((), generator=generator) < self.s.drop
         prompt = 0 if dropped else 1 + place  # the empty prompt stands first
-        start = int(file["ends"][prompt - 1]) if prompt else 0
-        tokens = file["tokens"][start:int(file["ends"][prompt])].clone()
+        start, end = file["bounds"][prompt:prompt + 2].tolist()
+        # A copy, or a loader process would send the whole file.
+        tokens = file["tokens"][start:end].clone()
         return x, noise, shifted(t, self.s.t_shift), (tokens, file["pooled"][prompt].clone())
 
 
@@ -664,7 +682,7 @@ def train_step(parts, net, optimizers, window, s):
         quarter = (4 * t).long().clamp(max=3)
         window.index_add_(1, quarter, torch.stack([loss.detach(), torch.ones_like(loss)]))
     weights = list(net.parameters())
-    data.average_gradients(weights)
+    data.sum_gradients(weights)
     norm = torch.nn.utils.clip_grad_norm_(weights, s.clip_norm)  # Table 4
     for optimizer in optimizers:
         optimizer.step()
@@ -680,8 +698,10 @@ def train(s, out, vae, vae_parent, folder, device, file):
     net = build(s).to(device)
     net.checkpointing = s.checkpointing
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    matrices = [p for p in (*net.refiner.parameters(), *net.blocks.parameters())
-                if s.optimizer == "muon" and p.ndim > 1]
+    matrices = []
+    if s.optimizer == "muon":
+        inside = (*net.refiner.parameters(), *net.blocks.parameters())
+        matrices = [p for p in inside if p.ndim > 1]
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
                               weight_decay=s.weight_decay,  # Table 4
                               fused=device.type in ("cuda", "cpu"))
@@ -697,9 +717,10 @@ def train(s, out, vae, vae_parent, folder, device, file):
 
     judge = Judge(s, device)
     data.listen()  # before loader processes start: from then on Ctrl-C reaches them too
-    one_length = functools.partial(collate, length=s.text_length if s.compile else 0)
-    loader = iter(DataLoader(Pairs(folder, s), batch_sampler=data.positions(s, step),
-                             collate_fn=one_length, num_workers=data.loader_workers(s, device),
+    # Another length of prompts would be compiled anew.
+    padded = functools.partial(collate, length=s.text_length if s.compile else 0)
+    loader = iter(DataLoader(Examples(folder, s), batch_sampler=data.positions(s, step),
+                             collate_fn=padded, num_workers=data.loader_workers(s, device),
                              pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals))
     bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
     clock = time.time()
@@ -723,7 +744,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
             dist.all_reduce(window)
             window *= rank == 0  # the others begin again
         if logging or saving or stopping:
-            values = {"loss": window.sum().item(), "gradient": norm.item()}
+            values = {"loss": window[0].sum().item(), "gradient": norm.item()}
             data.check_finite(values, step, out, bar)
         rate = (step - since) * s.batch / (time.time() - clock)
         if looking:
@@ -740,6 +761,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
             window.zero_()
             clock = time.time()
             since = step
+        # Where it stops between two lines of the log, the first process keeps its own losses only.
         if rank == 0 and (saving or stopping):
             data.save_state(out, state, step=step, window=window.cpu(), **about)
         if stopping:
@@ -770,7 +792,7 @@ def status(e, steps):
 
 # ---------------- is the prompt followed? (Fig. 6)
 
-# Chance that a scene fits that was drawn at random, not for the prompt.
+# How often a scene would fit that was drawn at random, without the prompt.
 CHANCE = {"color": 1 / 6, "shape": 1 / 4, "pattern": 1 / 4, "ground": 1 / 6, "all four": 1 / 480}
 CURVES = (*CHANCE, "clip_score")
 
@@ -787,9 +809,10 @@ class Judge:
     def __init__(self, s, device):
         self.s = s
         self.scenes = is_scenes(s)
-        prompts = [text for _, text in captions(s, "val")]
         if self.scenes:
             prompts = scene_prompts()
+        else:
+            prompts = [text for _, text in captions(s, "val")]
         self.prompts = prompts[::math.ceil(len(prompts) / s.val_prompts)]
         rank, world = data.processes()
         self.encoded = encode_once(s, self.prompts[rank::world], device)
@@ -817,11 +840,14 @@ def follow(pictures, prompts):
         pairs = zip(data.read_scene(picture), data.told(prompt))
         right.append([seen == wanted for seen, wanted in pairs])
     right = torch.tensor(right).float()  # (prompts, 4)
-    return dict(zip(CHANCE, [*right.mean(0).tolist(), right.prod(1).mean().item()]))
+    shares = dict(zip(("color", "shape", "pattern", "ground"), right.mean(0).tolist()))
+    shares["all four"] = right.prod(1).mean().item()
+    return shares
 
 
 def clip_scorer(name, device):
-    """A function of pictures and prompts: 100 max(cos, 0) of their CLIP features [16], a mean."""
+    """A function of pictures and prompts: 100 max(cos, 0) of their CLIP features, a mean. ([16] has
+    2.5 for 100, and writes "A photo depicts" before each prompt.)"""
     try:
         from transformers import CLIPModel, CLIPProcessor
         clip = CLIPModel.from_pretrained(name).to(device).eval()
@@ -845,7 +871,7 @@ def clip_scorer(name, device):
 
 
 def draw_curve(run):
-    """Fig. 6 from the log: each share over steps, with chance as a thin line."""
+    """Fig. 6 from the log: each measure over steps; a thin line is chance, where that is known."""
     lines = [line for line in data.read_jsonl(Path(run, "log.jsonl"))
              if any(name in line for name in CURVES)]
     if not lines:
@@ -862,11 +888,11 @@ def draw_curve(run):
         def point(step, value):
             return i * w + 40 + (w - 60) * step / last, h - 25 - (h - 60) * value / top
 
-        chance = CHANCE.get(name, 0)
         title = f"{name.replace('_', ' ')} {lines[-1][name]:.3g}"
         pen.text((i * w + 40, 8), title, "black", font)
         pen.line([point(0, top), point(0, 0), point(last, 0)], "black")
-        pen.line([point(0, chance), point(last, chance)], (200, 120, 120))
+        if name in CHANCE:
+            pen.line([point(0, CHANCE[name]), point(last, CHANCE[name])], (200, 120, 120))
         pen.line([point(line["step"], line[name]) for line in lines], (30, 60, 160), 3)
         pen.text((i * w + 16, 28), f"{top}", "black", font)
         pen.text((i * w + 16, h - 32), "0", "black", font)
@@ -913,7 +939,8 @@ def main_sample(s):
     encoded = encode_once(a, s.sample, device)
     for prompt in s.sample:
         if len(encoded[prompt][0]) == a.text_length:
-            print(f"cut to {a.text_length} tokens: {' '.join(prompt.split())[:60]} ...")
+            start = " ".join(prompt.split())[:60]
+            print(f"perhaps cut to {a.text_length} tokens: {start} ...")
     s = replace(s, size=trained["size"], precision=trained["precision"])
     pictures = draw(net, vae, encoded, s.sample, s)
     out = Path(s.run, "sample.png")
@@ -931,7 +958,8 @@ def main(s):
     vae_path = Path(s.vae or Path(s.run, "vae_finetuned.pt"))
     if not s.vae and not vae_path.is_file():
         vae_path = Path(s.run, "vae.pt")
-    vae = model.load_vae(vae_path, peer=s.peer)
+    device = data.start(s)
+    vae = model.load_vae(vae_path, device, s.peer)
     if vae.latent_mean is None:
         data.stop(f"{vae_path} has no mean and deviation of its latents: run the stage that made "
                   "it to its end, or say whose it is with --peer")
@@ -941,22 +969,20 @@ def main(s):
     if not vae.takes(s.size) or s.size // vae.factor % s.patch:
         data.stop(f"--size {s.size} must be a multiple of {vae.factor * s.patch}, from "
                   f"{4 * vae.factor} up")
-    # What cannot be built or has no captions is told before latents are made.
-    table(s)
+    # Settings that no network fits, and pictures without captions, stop before latents are made.
+    with torch.device("meta"):
+        build(s)
     next(captions(s, "train"))
-    made_from = data.parent(vae_path)
-    device = data.start(s)
+    vae_parent = data.parent(vae_path)
+    # What may differ from the interrupted run: it shapes no weight, or its hash is compared.
     free = {"vae", "checkpointing", "val_prompts", "sample", "sample_steps", "guidance", "shift",
             "clip_score"}
-    file = data.resume(s, "07_train_dit", out, made_from, free)
-    vae = vae.to(device)
-    vae.latent_mean = vae.latent_mean.to(device)
-    vae.latent_std = vae.latent_std.to(device)
-    folder = cache(s, vae, made_from, device)
+    file = data.resume(s, "07_train_dit", out, vae_parent, free)
+    folder = cache(s, vae, vae_parent, device)
     if file and file["step"] == s.steps:
         print(f"{out} is finished at step {s.steps}; more --steps go on from there")
     else:
-        train(s, out, vae, made_from, folder, device, file)
+        train(s, out, vae, vae_parent, folder, device, file)
     data.finish()
     return out
 

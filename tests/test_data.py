@@ -179,8 +179,17 @@ def test_a_run_folder_among_the_pictures(data, tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture(), "PNG"))
     first = data.main(settings(data, tmp_path / "run", tmp_path))
+    (tmp_path / "run" / "eval.png").write_bytes(encoded(picture(), "PNG"))              # a sheet of a later stage
     assert data.main(settings(data, tmp_path / "run", tmp_path)) == first and sum(first.values()) == 8
     assert len(data.find_units(str(tmp_path / "run" / "data" / "train"))) == first["train"]
+
+
+def test_a_full_disk_rejects_no_picture(data, tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "write_aside", full)
+    with pytest.raises(OSError, match="No space"):
+        data.prepare("a.png", {"picture": lambda: encoded(picture(), "PNG")}, settings(data, tmp_path, tmp_path))
 
 
 def test_split_depends_on_the_name_alone(data, tmp_path):

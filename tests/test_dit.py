@@ -362,7 +362,7 @@ def test_cache(dit, model, losses, data, run, monkeypatch):
     everything = [line["text"] for line in data.read_jsonl(run / "data" / "train" / "metadata.jsonl")]
     held = [text for text in everything if text.startswith(("a red circle", "a yellow square", "a green triangle", "a cyan star"))]
     assert held and sorted(text for _, text in found) == sorted(set(everything) - set(held))
-    items = dit.Pairs(folder, s)
+    items = dit.Examples(folder, s)
     assert items.pictures == len(found) and len(items.files) == -(-len(found) // 6) > 1
     for i in (0, 7, len(found) - 1):
         file = dit.read_latents(folder / f"{i // 6:05d}.pt")
@@ -374,7 +374,7 @@ def test_cache(dit, model, losses, data, run, monkeypatch):
             noise = torch.randn(1, 4, 6, 6, generator=data.generator(0, "latent", i, flipped))
             torch.testing.assert_close(file["latents"][i % 6, flipped:flipped + 1].float(), (q.sample(noise) - 0.5) / 2, atol=2e-3, rtol=2e-3)
         (expected, _), = dit.encode_bytes(s, [found[i][1]])
-        start, end = file["ends"][i % 6:i % 6 + 2]                                      # the empty prompt stands first
+        start, end = file["bounds"][i % 6 + 1:i % 6 + 3]                                      # the empty prompt stands first
         assert torch.equal(file["tokens"][start:end], expected)
     x, noise, t, (words, pooled) = items[5]
     assert all(torch.equal(a, b) for a, b in zip((x, noise, t), items[5][:3])) and not torch.equal(noise, items[6][1])
@@ -394,7 +394,7 @@ def test_cache(dit, model, losses, data, run, monkeypatch):
         seen.add((i, flipped))
         assert len(tokens) == 1 or found[texts[tokens.flatten().tolist().__repr__()]][1] == found[i][1]
     assert len(seen) == 2 * len(found)
-    other_seed = dit.Pairs(folder, settings(dit, run, seed=1))
+    other_seed = dit.Examples(folder, settings(dit, run, seed=1))
     assert not torch.equal(noise, other_seed[5][1])
 
 
@@ -525,7 +525,7 @@ def test_checkpoint_log_and_pictures(dit, data, whole):
     rows = log(whole)
     assert [r["step"] for r in rows] == list(range(1, 9)) and [r["step"] for r in rows if "all four" in r] == [4, 8]
     folder, s = whole / "latents", settings(dit, whole)
-    items = dit.Pairs(folder, s)
+    items = dit.Examples(folder, s)
     for r in rows:                                                                      # each line: the mean of what is known of each quarter of t
         quarters = [int(4 * items[n][2]) for n in range(8 * (r["step"] - 1), 8 * r["step"])]
         parts = [(quarters.count(q), r[f"loss_t{q}"]) for q in range(4)]
@@ -637,7 +637,7 @@ def test_accumulation_and_processes(dit, run, outcome, tmp_path_factory):
     sheets = [torch.from_numpy(np.array(Image.open(folder / "dit.png"))).float() for folder in (two, whole)]
     assert (sheets[0] - sheets[1]).abs().mean() < 0.5
     latents = [dit.read_latents(folder / "latents" / "00000.pt") for folder in (two, whole)]
-    assert all(torch.equal(latents[0][k], latents[1][k]) for k in ("tokens", "ends")) and (latents[0]["latents"] - latents[1]["latents"]).abs().max() < 0.01
+    assert all(torch.equal(latents[0][k], latents[1][k]) for k in ("tokens", "bounds")) and (latents[0]["latents"] - latents[1]["latents"]).abs().max() < 0.01
 
 
 def test_rate_is_of_training_alone(dit, run, monkeypatch):
@@ -718,7 +718,7 @@ def test_pictures_with_captions_of_their_own(dit, model, data, tmp_path):
     s = settings(dit, tmp_path, steps=1)
     dit.main(s)
     assert (tmp_path / "dit.png").exists() and not (tmp_path / "curve.png").exists()
-    assert dit.Pairs(tmp_path / "latents", s).pictures == len(list(dit.captions(s, "train")))
+    assert dit.Examples(tmp_path / "latents", s).pictures == len(list(dit.captions(s, "train")))
     assert all(text.startswith("grey level") for split in ("train", "val") for _, text in dit.captions(s, split))
 
 

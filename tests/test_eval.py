@@ -152,12 +152,12 @@ def test_meters_mean_over_pictures(evaluation, losses, scenes):
         torch.testing.assert_close(meter.numbers(x, y), torch.cat([meter.numbers(x[i:i + 1], y[i:i + 1]) for i in range(4)]), atol=1e-3, rtol=1e-3)
 
 
-def test_corner_splits_edges_and_corners(evaluation):
+def test_corner_splits_frame_and_interior(evaluation):
     x = torch.zeros(1, 3, 64, 64)
     y = x.clone()
     y[..., :16, :16] = 4.0
-    frame, interior, edges, corners = evaluation.corner(x, y)[0].tolist()
-    assert (interior, edges, corners) == (0, 0, 4.0) and frame == pytest.approx(16 * 256 / (64 * 64 - 32 * 32))
+    frame, interior = evaluation.corner(x, y)[0].tolist()
+    assert interior == 0 and frame == pytest.approx(16 * 256 / (64 * 64 - 32 * 32))
 
 
 def test_rows(evaluation, model, losses, data, run):
@@ -190,14 +190,25 @@ def test_folder_of_pictures(evaluation, model, run, tmp_path_factory, capsys):
     for i in range(3):
         Image.effect_noise((80, 60), 60).convert("RGB").save(images / f"{i}.png")
     (images / "broken.jpg").write_bytes(b"x")
+    (images / "broken.tar").write_bytes(b"x")
     own_file(model, run / "vae.pt")
     for name in ("a", "b"):
         own_file(model, images / name / "vae.pt")
     alike = tuple(str(images / name / "vae.pt") for name in ("a", "b"))
     rows = evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2", *alike)))
     assert [r["name"] for r in rows] == ["bicubic:2", "a/vae.pt", "b/vae.pt"]
-    assert rows[0]["pictures"] == 3 and "passed over broken.jpg" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert rows[0]["pictures"] == 3 and "passed over broken.jpg" in told and "passed over broken.tar" in told and "subscriptable" not in told
     assert evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2",), pictures=2))[0]["pictures"] == 2
+
+
+def test_an_exact_copy_counts_as_100_db(evaluation, run, tmp_path_factory):
+    """Not as infinite, which would hide all other pictures, and is no JSON."""
+    from PIL import Image
+    images = tmp_path_factory.mktemp("white")
+    Image.new("RGB", (64, 64), "white").save(images / "white.png")
+    rows = evaluation.main(settings(evaluation, run, images=str(images), vae=("bicubic:2",)))
+    assert rows[0]["psnr"] == 100 and "Infinity" not in (run / "eval.json").read_text()
 
 
 def test_latent_report(evaluation, model):

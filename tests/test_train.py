@@ -387,8 +387,8 @@ def test_bf16(train, run, whole):
 
 
 def test_it_learns(train, run):
-    """Forty steps halve the reconstruction loss."""
-    train.main(settings(train, run, steps=40, save_every=40, val_every=40, lr=2e-3))
+    """Sixty steps halve the reconstruction loss."""
+    train.main(settings(train, run, steps=60, save_every=60, val_every=60, lr=2e-3))
     rows = log(run)
     assert sum(r["recon"] for r in rows[-5:]) < 0.5 * sum(r["recon"] for r in rows[:5])
 
