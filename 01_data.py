@@ -331,9 +331,10 @@ def find_units(images, own=None):
     for folder, _, names in os.walk(root):
         # A run folder may lie among the pictures: its data and its sheets are not read again.
         here = Path(folder).resolve()
-        if not own or here != own.resolve() and not here.is_relative_to(own.resolve() / "data"):
-            wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
-            units += [os.path.join(folder, name) for name in wanted]
+        if own and (here == own.resolve() or here.is_relative_to(own.resolve() / "data")):
+            continue
+        wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
+        units += [os.path.join(folder, name) for name in wanted]
     if not units:
         stop(f"--images {images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards")
     return units

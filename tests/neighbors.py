@@ -51,7 +51,7 @@ def run(script, *flags):
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def make(row, seed, s):
+def make(row, seed, trunk, s):
     """Train and measure one row with one seed; its readings."""
     own = s.folder / f"{row}-{seed}"
     own.mkdir(exist_ok=True)
@@ -63,18 +63,18 @@ def make(row, seed, s):
     reading, = json.loads((own / "eval.json").read_text())["rows"]
     if s.dit_steps:
         run("07_train_dit.py", *common, "--steps", s.dit_steps)
-        reading |= look_at_samples(own, seed)
+        reading |= look_at_samples(own, seed, trunk)
     return dict(row=row, seed=seed, steps=s.steps, dit_steps=s.dit_steps) | reading
 
 
-def look_at_samples(own, seed):
+def look_at_samples(own, seed, trunk):
     """How well 07's pictures follow the prompts, and how far they are from real scenes of them."""
     prompts = transformer.scene_prompts()
     settings = transformer.PRESETS["demo"] | dict(run=str(own), seed=seed, sample=tuple(prompts))
     s = transformer.Settings(**settings)
     pictures = transformer.main_sample(s)
     scenes = [real_scene(prompt, number, s.size) for number, prompt in enumerate(prompts)]
-    distance = kernel_distance(mean_features(pictures), mean_features(scenes))
+    distance = kernel_distance(mean_features(trunk, pictures), mean_features(trunk, scenes))
     return transformer.follow(pictures, prompts) | {"sample_distance": distance}
 
 
@@ -85,9 +85,8 @@ def real_scene(prompt, number, size):
 
 
 @torch.no_grad()
-def mean_features(pictures):
-    """Features of the untrained trunk, means over positions: (pictures, channels of all levels)."""
-    trunk = losses.Perceptual("untrained")
+def mean_features(trunk, pictures):
+    """Features of a Perceptual, means over positions: (pictures, channels of all levels)."""
     rows = []
     for picture in pictures:
         levels = trunk.features(losses.from_uint8(picture[None]))
@@ -198,9 +197,11 @@ def make_missing(s):
     there = {(line["row"], line["seed"]) for lines in read(s).values() for line in lines}
     missing = [(row, seed) for seed in s.seeds for row in s.rows if (row, seed) not in there]
     torch.set_num_threads(1)
+    # Once, before there are threads: its weights come from PyTorch's global seed, which they share.
+    trunk = losses.Perceptual("untrained")
 
     def make_one(pair):
-        line = json.dumps(make(*pair, s))
+        line = json.dumps(make(*pair, trunk, s))
         with open(s.readings, "a") as f:
             f.write(line + "\n")
 

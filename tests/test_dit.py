@@ -374,7 +374,7 @@ def test_cache(dit, model, losses, data, run, monkeypatch):
             noise = torch.randn(1, 4, 6, 6, generator=data.generator(0, "latent", i, flipped))
             torch.testing.assert_close(file["latents"][i % 6, flipped:flipped + 1].float(), (q.sample(noise) - 0.5) / 2, atol=2e-3, rtol=2e-3)
         (expected, _), = dit.encode_bytes(s, [found[i][1]])
-        start, end = file["bounds"][i % 6 + 1:i % 6 + 3]                                      # the empty prompt stands first
+        start, end = file["bounds"][i % 6 + 1:i % 6 + 3]                                # the empty prompt stands first
         assert torch.equal(file["tokens"][start:end], expected)
     x, noise, t, (words, pooled) = items[5]
     assert all(torch.equal(a, b) for a, b in zip((x, noise, t), items[5][:3])) and not torch.equal(noise, items[6][1])
