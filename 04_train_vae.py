@@ -67,7 +67,7 @@ PRESETS = {
     "paper": {},
     "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
     "laptop": model.PRESETS["laptop"] | losses.CPU | LAPTOP | dict(steps=2500),
-    "demo": model.PRESETS["demo"] | losses.CPU | DEMO | dict(steps=1300),
+    "demo": model.PRESETS["demo"] | losses.CPU | DEMO | dict(steps=1200),
 }
 
 

@@ -48,7 +48,7 @@ class Settings(training.Training):
     denoise_warmup: int = 5000      # E, C.2: steps to the full rate
 
 
-DEMO = dict(steps=260, val_every=130, save_every=130, muon_lr=2e-3, unet="laptop",
+DEMO = dict(steps=240, val_every=130, save_every=130, muon_lr=2e-3, unet="laptop",
             denoise_warmup=100)
 LAPTOP = DEMO | dict(steps=400, val_every=200, save_every=200)
 PRESETS = {

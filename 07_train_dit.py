@@ -106,9 +106,9 @@ class Settings(data.TrainingRun, Network):
 SCENES = dict(text_encoder="bytes", clip_score="", absolute=True, t_shift=2.0)
 DEMO = SCENES | dict(
     width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, head_axes=(8, 12, 12),
-    text_width=64, text_length=32, size=96, steps=1400, batch=32, lr=2e-3, ema_decay=0.99,
+    text_width=64, text_length=32, size=96, steps=1200, batch=32, lr=2e-3, ema_decay=0.99,
     optimizer="muon", decay=0.7, t_shift=4.0, warmup=100, precision="fp32", val_prompts=80,
-    linear_guess=True, sample_steps=16, val_every=350, save_every=350)
+    linear_guess=True, sample_steps=16, val_every=300, save_every=300)
 PRESETS = {
     "paper": {},
     "small": SCENES | dict(

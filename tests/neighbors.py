@@ -37,7 +37,7 @@ ROWS = {
     "kl-1e-2": ["--lambda-kl", "1e-2"],
     "kl-1e-1": ["--lambda-kl", "1e-1"],
     "ve": ["--regularizer", "ve"],
-    "kl-1e-2-warmup": ["--lambda-kl", "1e-2", "--kl-warmup", "1300"],
+    "kl-1e-2-warmup": ["--lambda-kl", "1e-2", "--kl-warmup", "1200"],
     "kl-1e-2-free": ["--lambda-kl", "1e-2", "--free-bits", "0.5"],
 }
 COLORS = ("#1f4e9c", "#4f9bd9", "#58a55c", "#8a6d3b", "#c0392b", "#9b59b6", "#888888")
@@ -216,8 +216,8 @@ def main():
     parser.add_argument("--readings", type=Path, help="[FOLDER/readings.jsonl]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--steps", type=int, default=2600, help="of 04: twice the demo's")
-    parser.add_argument("--dit-steps", type=int, default=1400, help="of 07; 0: without it")
+    parser.add_argument("--steps", type=int, default=2400, help="of 04: twice the demo's")
+    parser.add_argument("--dit-steps", type=int, default=1200, help="of 07; 0: without it")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--together", type=int, default=2, help="rows at once")
     parser.add_argument("--only-tell", action="store_true", help="make nothing, tell what is there")
