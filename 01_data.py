@@ -868,6 +868,11 @@ def start(s):
     return device
 
 
+def autocast(device, s):
+    """The context in which a network computes: bf16 with --precision bf16, else no other."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
+
+
 def processes():
     """This process's number, and how many there are: (0, 1) without torchrun."""
     if not dist.is_initialized():

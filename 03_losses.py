@@ -219,6 +219,56 @@ def total_loss(kl, recon, adv, perc, s):  # Eq. 7
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
 
+# ---------------- the artifacts of Sec. 4, made
+
+def tint(x, strength):
+    """Color shift: all of the picture moves towards yellow (Fig. 2b)."""
+    return x + strength * x.new_tensor([0.2, 0.15, -0.3])[:, None, None]
+
+
+def grid(x, strength):
+    """Grid: lines with the period of a latent, 8 pixels (Fig. 2c)."""
+    rows = torch.arange(x.shape[2], device=x.device) % 8 == 0
+    columns = torch.arange(x.shape[3], device=x.device) % 8 == 0
+    return x - strength * 0.5 * (rows[:, None] | columns).to(x)
+
+
+def blur(x, strength):
+    """Blur: a Gaussian of up to 3 pixels (Fig. 2d)."""
+    if not strength:
+        return x
+    return gaussian_blur(x, [19, 19], [3.0 * strength, 3.0 * strength])
+
+
+def border(x, strength, frame=16):
+    """Corner artifact: a frame of blur, `frame` pixels wide (Fig. 2e); darker too, to be seen."""
+    rows = distance_to_ends(x.shape[2])
+    columns = distance_to_ends(x.shape[3])
+    mask = (1 - torch.minimum(rows[:, None], columns) / frame).clamp(min=0).to(x)
+    return x + strength * mask * (gaussian_blur(x, [31, 31], [8.0, 8.0]) - 0.5 - x)
+
+
+def distance_to_ends(n):
+    """0, 1, 2, ..., 2, 1, 0."""
+    return torch.minimum(torch.arange(n), torch.arange(n - 1, -1, -1))
+
+
+def droplet(x, strength, seed=0):
+    """Droplet: isolated bright spots, where activations grew too large (Fig. 2f and 3)."""
+    b, _, h, w = x.shape
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.rand(b, 3, 2, generator=generator).to(x) * 0.8 + 0.1  # three per picture
+    dy = torch.arange(h, device=x.device) - centers[..., :1] * h  # (b, 3, h)
+    dx = torch.arange(w, device=x.device) - centers[..., 1:] * w  # (b, 3, w)
+    squared = dy[..., :, None].square() + dx[..., None, :].square()  # (b, 3, h, w)
+    spots = torch.exp(-squared / (2 * (h / 40 + 1) ** 2)).amax(1, keepdim=True) # (b, 1, h, w)
+    return x + strength * 1.5 * spots
+
+
+ARTIFACTS = {"color shift": tint, "grid": grid, "blur": blur, "corner": border, "droplet": droplet}
+STRENGTHS = (0.25, 0.5, 1.0)
+
+
 # ---------------- the neighbors: what else could regularize latents
 # Not in VIVAT: pass over it on a first reading.
 
@@ -391,56 +441,6 @@ def toy(s):
     data.save_sheet(Path(s.run, "toy.png"), tiles, 3, ["points", "latents", "samples, decoded"],
                     list(weights))
     return rows
-
-
-# ---------------- the artifacts of Sec. 4, made
-
-def tint(x, strength):
-    """Color shift: all of the picture moves towards yellow (Fig. 2b)."""
-    return x + strength * x.new_tensor([0.2, 0.15, -0.3])[:, None, None]
-
-
-def grid(x, strength):
-    """Grid: lines with the period of a latent, 8 pixels (Fig. 2c)."""
-    rows = torch.arange(x.shape[2], device=x.device) % 8 == 0
-    columns = torch.arange(x.shape[3], device=x.device) % 8 == 0
-    return x - strength * 0.5 * (rows[:, None] | columns).to(x)
-
-
-def blur(x, strength):
-    """Blur: a Gaussian of up to 3 pixels (Fig. 2d)."""
-    if not strength:
-        return x
-    return gaussian_blur(x, [19, 19], [3.0 * strength, 3.0 * strength])
-
-
-def border(x, strength, frame=16):
-    """Corner artifact: a frame of blur, `frame` pixels wide (Fig. 2e); darker too, to be seen."""
-    rows = distance_to_ends(x.shape[2])
-    columns = distance_to_ends(x.shape[3])
-    mask = (1 - torch.minimum(rows[:, None], columns) / frame).clamp(min=0).to(x)
-    return x + strength * mask * (gaussian_blur(x, [31, 31], [8.0, 8.0]) - 0.5 - x)
-
-
-def distance_to_ends(n):
-    """0, 1, 2, ..., 2, 1, 0."""
-    return torch.minimum(torch.arange(n), torch.arange(n - 1, -1, -1))
-
-
-def droplet(x, strength, seed=0):
-    """Droplet: isolated bright spots, where activations grew too large (Fig. 2f and 3)."""
-    b, _, h, w = x.shape
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.rand(b, 3, 2, generator=generator).to(x) * 0.8 + 0.1  # three per picture
-    dy = torch.arange(h, device=x.device) - centers[..., :1] * h  # (b, 3, h)
-    dx = torch.arange(w, device=x.device) - centers[..., 1:] * w  # (b, 3, w)
-    squared = dy[..., :, None].square() + dx[..., None, :].square()  # (b, 3, h, w)
-    spots = torch.exp(-squared / (2 * (h / 40 + 1) ** 2)).amax(1, keepdim=True) # (b, 1, h, w)
-    return x + strength * 1.5 * spots
-
-
-ARTIFACTS = {"color shift": tint, "grid": grid, "blur": blur, "corner": border, "droplet": droplet}
-STRENGTHS = (0.25, 0.5, 1.0)
 
 
 # ---------------- main

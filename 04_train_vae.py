@@ -79,7 +79,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
 
     x: pictures (b, 3, crop, crop) in [-1, 1]. noise: N(0, I) in the latents' shape.
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+    with data.autocast(x.device, s):
         x_hat, mu, logvar = [v.float() for v in vae(x, noise)]
     share = 1 / (s.accumulate * data.processes()[1])  # of this part in the mean over the batch
 

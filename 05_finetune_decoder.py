@@ -103,7 +103,7 @@ def denoising_gradients(x, noise, eps, u, vae, disc, perceptual, trained, judgin
     t = torch.sigmoid(u)  # not in E: with mean 0 and deviation 1; it says logit-normal
     y = model.GAMMA * x
     x_t = (1 - t) * y + t * eps
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+    with data.autocast(x.device, s):
         with torch.no_grad():
             z = vae.encode(x).sample(noise)
         v = vae.decoder.velocity(x_t, t, z).float()

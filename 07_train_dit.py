@@ -388,7 +388,7 @@ def draw(net, vae, encoded, prompts, s):
                  for i in numbers]
         prompt = pad([encoded[prompts[i]] for i in numbers], device=device)
         empty = pad([encoded[""]] * len(numbers), device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+        with data.autocast(device, s):
             z = sample(net, torch.stack(noise).to(device), prompt, empty, s.sample_steps,
                        s.guidance, s.shift)
         for part in vae.denormalize(z).split(8):
@@ -524,14 +524,18 @@ def is_scenes(s):
 
 
 class Squares(Dataset):
-    """Pictures by file name, uint8 (3, size, size)."""
-    def __init__(self, s):
+    """Training pictures of these file names, uint8 (3, size, size)."""
+    def __init__(self, names, s):
+        self.names = names
         self.folder = Path(s.run, "data", "train")
         self.size = s.size
 
-    def __getitem__(self, name):
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
         # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
-        x = data.resize_shorter(data.read_picture(self.folder, name), self.size)
+        x = data.resize_shorter(data.read_picture(self.folder, self.names[i]), self.size)
         return data.center_crop(x, self.size)
 
 
@@ -565,14 +569,14 @@ def cache(s, vae, vae_parent, device):
 
 def make_files(s, vae, encode, folder, device):
     """Encode the pictures and prompts of this process's files."""
-    loader = iter(DataLoader(Squares(s), batch_sampler=own_batches(s, folder),
-                             num_workers=data.loader_workers(s, device)))
     bar = tqdm(unit="picture", desc="latents", disable=data.processes()[0] > 0, **data.BAR)
-    for path, first, pictures in own_files(s, folder):
+    for path, number, pictures in own_files(s, folder):
+        squares = Squares([name for name, _ in pictures], s)
         latents = []
-        for number in range(first, first + len(pictures), ENCODED_AT_ONCE):
-            x = losses.from_uint8(next(loader).to(device))  # (b, 3, size, size)
+        for x in DataLoader(squares, ENCODED_AT_ONCE, num_workers=data.loader_workers(s, device)):
+            x = losses.from_uint8(x.to(device))  # (b, 3, size, size)
             latents.append(encode_views(x, vae, number, s))
+            number += len(x)
             bar.update(len(x) * data.processes()[1])
         pairs = encode(["", *(text for _, text in pictures)])
         # Prompt i has tokens[bounds[i]:bounds[i + 1]]; the empty prompt stands first.
@@ -581,15 +585,6 @@ def make_files(s, vae, encode, folder, device):
                              tokens=torch.cat([tokens for tokens, _ in pairs]),
                              pooled=torch.stack([pooled for _, pooled in pairs]))
     bar.close()
-
-
-def own_batches(s, folder):
-    """The names of the pictures in own_files, a few at a time. The loader asks for them ahead of
-    make_files; both see the same files, for none is written before it was asked for."""
-    for _, _, pictures in own_files(s, folder):
-        names = [name for name, _ in pictures]
-        for i in range(0, len(names), ENCODED_AT_ONCE):
-            yield names[i:i + ENCODED_AT_ONCE]
 
 
 @torch.no_grad()
@@ -676,7 +671,7 @@ def train_step(parts, net, optimizers, window, s):
     """
     share = 1 / (s.accumulate * data.processes()[1])
     for x, noise, t, *text in parts:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+        with data.autocast(x.device, s):
             loss = flow_loss(net, x, noise, t, *text)  # (b,)
         (share * loss.mean()).backward()
         quarter = (4 * t).long().clamp(max=3)
