@@ -1,4 +1,4 @@
-"""Stage 1 of VIVAT: from any pictures to a training set (Sec. 5.1).
+"""Stage 1 of VIVAT: from any pictures to a training set.
 
 Reads   --images DIR: a folder tree, an img2dataset folder or its .tar shards;
         or --images synthetic (the default): scenes drawn here, each with an exact caption.
@@ -862,6 +862,8 @@ def start(s):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # 7 B load slowly
     _, world = processes()
+    if min(s.accumulate, s.log_every, s.val_every, s.save_every) < 1:
+        stop("--accumulate, --log-every, --val-every and --save-every must be at least 1")
     if s.batch < 1 or s.batch % (world * s.accumulate):
         stop(f"--batch {s.batch} must be a multiple of {world} processes times --accumulate "
              f"{s.accumulate}")
@@ -911,8 +913,8 @@ def check_finite(values, step, out, bar):
     wrong = ", ".join(name for name, value in values.items() if not math.isfinite(value))
     if wrong:
         bar.close()
-        stop(f"step {step}: {wrong} not finite; {out} still holds the last good step: lower --lr, "
-             "or use --precision fp32")
+        stop(f"step {step}: {wrong} not finite; what is saved in {out} is good: lower --lr, or use "
+             "--precision fp32")
 
 
 def positions(s, step):
@@ -981,6 +983,12 @@ def listen():
     SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember)
+
+
+def stop_listening():
+    """From now on they end the process at once: nothing is left that could be lost."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def remember(number, frame):

@@ -1,4 +1,4 @@
-"""Stage 2 of VIVAT: the autoencoder (Sec. 3.2 and 5.2, Figures 1, 7 and 8).
+"""Stage 2 of VIVAT: the autoencoder.
 
 Reads   nothing; load_vae(path) reads our checkpoints and files from CompVis LDM, Stable Diffusion
         1.x, SDXL, SD 3, Flux, MoVQGAN and Kandinsky 3.
@@ -8,8 +8,9 @@ Paper   Sec. 3.1 (posterior), 3.2, 5.2 (padding, Spatially Conditional Normaliza
 
     python 02_model.py --preset paper --size 256
 
-Shapes: b pictures, c channels, h and w the picture's sides, f the down-sampling factor (8), k
-latent channels (16). Parameters have CompVis's names, so that peers' files load unchanged.
+Shapes: b pictures, c channels, h and w the sides of the picture, or of a block's x; f the
+down-sampling factor (8), k latent channels (16). Parameters have CompVis's names, so that peers'
+files load unchanged.
 """
 import functools
 import importlib
@@ -72,7 +73,7 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, channels, a):
         super().__init__()
-        # not in the paper: this eps, from MoVQGAN, and PyTorch's own initialization everywhere
+        # not in the paper: this eps, from MoVQGAN, and PyTorch's own initialization in all layers
         self.norm_layer = nn.GroupNorm(a.groups, channels, eps=1e-6)
         self.conv_y = nn.Conv2d(a.latent_channels, channels, 1)
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
@@ -81,7 +82,7 @@ class SpatialNorm(nn.Module):
         scale = self.conv_y(z)  # (b, c, h/f, w/f)
         shift = self.conv_b(z)
         up = functools.partial(F.interpolate, size=x.shape[2:], mode="nearest")
-        return self.norm_layer(x) * up(scale) + up(shift)  # (b, c, h, w) of x
+        return self.norm_layer(x) * up(scale) + up(shift)  # (b, c, h, w)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -146,7 +147,7 @@ class AttnBlock(nn.Module):  # Fig. 8: self-attention over all positions, one he
 
 
 class Downsample(nn.Module):
-    # not in the paper: padded on the right and below only, as in MoVQGAN; here too by reflection
+    # not in the paper: padded on the right and below only, as in MoVQGAN; here as --padding says
     fast = True
 
     def __init__(self, channels, a):
@@ -170,13 +171,14 @@ class Upsample(nn.Module):  # not in the paper: nearest neighbor, as in MoVQGAN
 
 
 class Level(nn.Module):
-    """ResNet blocks of one resolution, with an attention block after each where it has them."""
+    """ResNet blocks of one resolution, each followed by attention where the level has some."""
     def __init__(self, c_in, c_out, blocks, attention, norm, a):
         super().__init__()
         widths = [c_in] + [c_out] * blocks
         self.block = nn.ModuleList(
             ResBlock(before, after, norm, a) for before, after in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(AttnBlock(c_out, norm, a) for _ in range(blocks * attention))
+        attentions = blocks if attention else 0
+        self.attn = nn.ModuleList(AttnBlock(c_out, norm, a) for _ in range(attentions))
 
     def forward(self, x, z=None):
         for i, block in enumerate(self.block):
@@ -207,7 +209,8 @@ class Encoder(nn.Module):
                 self.down[i].downsample = Downsample(c_out, a)
         self.mid = middle(widths[-1], GroupNorm, a)
         self.norm_out = GroupNorm(widths[-1], a)
-        self.conv_out = Conv3x3(widths[-1], a.latent_channels * (1 + a.double_z), a)
+        moments = a.latent_channels * (2 if a.double_z else 1)
+        self.conv_out = Conv3x3(widths[-1], moments, a)
 
     def forward(self, x):  # (b, 3, h, w)
         x = self.conv_in(x)  # (b, width, h, w)
@@ -271,27 +274,27 @@ class VAE(nn.Module):
         self.architecture = a
         self.factor = 2 ** (len(a.width_mult) - 1)
         self.multiple = self.factor  # of which a picture's sides must be
+        self.smallest = 4 * self.factor  # side of a picture; a latent of 4 x 4 can be reflected
         self.latent_mean = None
         self.latent_std = None
         self.encoder = Encoder(a)
         self.decoder = Decoder(a)
         if a.quant_conv:
-            moments = k * (1 + a.double_z)
+            moments = k * (2 if a.double_z else 1)
             self.quant_conv = nn.Conv2d(moments, moments, 1)
             self.post_quant_conv = nn.Conv2d(k, k, 1)
         if a.codebook:
             self.quantize = nn.ModuleDict({"embedding": nn.Embedding(a.codebook, k)})
 
     def takes(self, *sides):
-        """Whether pictures of these sides can be encoded: the latent is whole, and large enough
-        to be reflected."""
-        return all(side % self.multiple == 0 and side >= 4 * self.factor for side in sides)
+        """Whether pictures of these sides can be encoded and decoded."""
+        return all(side % self.multiple == 0 and side >= self.smallest for side in sides)
 
     def encode(self, x):
         """Pictures to a Posterior. ValueError where the sides do not fit."""
         if x.ndim != 4 or x.shape[1] != 3 or not self.takes(*x.shape[2:]):
             raise ValueError(f"pictures must be (b, 3, h, w) with h and w multiples of "
-                             f"{self.multiple} from {4 * self.factor} up, not {tuple(x.shape)}")
+                             f"{self.multiple} from {self.smallest} up, not {tuple(x.shape)}")
         moments = self.encoder(x)  # (b, 2k, h/f, w/f)
         if self.architecture.quant_conv:
             moments = self.quant_conv(moments)
@@ -300,7 +303,7 @@ class VAE(nn.Module):
             return Posterior(mu, logvar)
         if self.architecture.codebook:
             moments = self.nearest_codes(moments)
-        return Posterior(moments, torch.full_like(moments, -30.0))
+        return Posterior(moments, torch.full_like(moments, -30.0))  # sigma 3e-7: no noise
 
     def nearest_codes(self, z):
         """A VQ peer's bottleneck: each latent vector becomes the nearest of the codebook."""
@@ -331,8 +334,9 @@ class VAE(nn.Module):
 def build(a):
     """A VAE from any settings that include an Architecture; stops where they are impossible."""
     a = Architecture(**{field.name: getattr(a, field.name) for field in fields(Architecture)})
-    ragged = any(a.width * m % a.groups for m in a.width_mult)
-    if ragged or min(a.width, a.groups, a.res_blocks, a.latent_channels, len(a.width_mult)) < 1:
+    numbers = (a.width, a.groups, a.res_blocks, a.latent_channels, len(a.width_mult))
+    too_small = min(*numbers, *a.width_mult) < 1
+    if too_small or any(a.width * m % a.groups for m in a.width_mult):
         data.stop(f"--width {a.width} times --width-mult {a.width_mult} must be multiples of "
                   f"--groups {a.groups}, and all at least 1")
     return VAE(a)
@@ -391,8 +395,8 @@ def set_rates(optimizers, factor):
 
 
 def rate_factor(step, steps, decay, warmup=0):
-    """What a rate is multiplied with: up to 1 in a line over the warm-up, down to 0 in a line over
-    the last share `decay` of the steps."""
+    """What a rate is multiplied with: linear up to 1 over the warm-up, linear down, almost to 0,
+    over the last share `decay` of the steps."""
     rising = step / max(1, warmup)
     falling = (steps - step + 1) / max(1.0, decay * steps)
     return min(1.0, rising, falling)
@@ -416,7 +420,7 @@ PEERS = {  # name: (k, scale, shift)
     "sd1": (4, 0.18215, 0.0),
     "sdxl": (4, 0.13025, 0.0),
 }
-# What else a file of a whole model holds, by the start of its names.
+# How other names in a file of a whole model start, and whose it then is.
 WHOLE_MODELS = {"conditioner.": "sdxl", "cond_stage_model.": "sd1",
                 "model.diffusion_model.joint_blocks.": "sd3"}
 
@@ -504,12 +508,12 @@ def infer_architecture(weights, path):
     """Read an Architecture off the names and shapes of CompVis's weights. Peers pad with zeros."""
     shape = {key: tuple(w.shape) for key, w in weights.items()}
 
-    def count(pattern):
+    def how_many(pattern):
         found = [re.match(pattern, key) for key in shape]
         return len({match[1] for match in found if match})
 
     try:
-        levels = count(r"encoder\.down\.(\d+)\.")
+        levels = how_many(r"encoder\.down\.(\d+)\.")
         width = shape["encoder.conv_in.weight"][0]
         k = shape["decoder.conv_in.weight"][1]
         widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
@@ -518,7 +522,7 @@ def infer_architecture(weights, path):
         return Architecture(
             width=width,
             width_mult=tuple(w // width for w in widths),
-            res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+            res_blocks=how_many(r"encoder\.down\.0\.block\.(\d+)\."),
             attention_levels=tuple(attention),
             latent_channels=k,
             padding="zeros",
@@ -544,7 +548,7 @@ UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention
 # E does not say where attention is. These levels, ADM's residual blocks for changes of resolution,
 # and six outputs are what its counts of parameters fit, all five to the last digit.
 OUTPUTS = 6     # as ADM, whose last three are for a variance; not used here
-GAMMA = 0.6     # E, 3.3: pictures are made so much darker, so that x_t is noisier at each t
+GAMMA = 0.6     # E, Table 4 (f): pictures are made so much darker, so that x_t is noisier at each t
 DEVIATION = 0.5  # not in E: of a picture's values in [-1, 1], to bring x_t to deviation 1
 
 
@@ -606,7 +610,7 @@ class DenoisingDecoder(nn.Module):
         width, mult, blocks, attention = UNETS[unet]
         a = replace(a, groups=math.gcd(32, width))  # of GroupNorm
         self.factor = 2 ** (len(a.width_mult) - 1)
-        self.steps = 3  # E, 3.3: best from 1 to 3
+        self.steps = 3  # E, Table 4 (g)
         self.seed = 0
         make = functools.partial(UnetBlock, times=4 * width, a=a)
         self.time = Time(width)
@@ -635,7 +639,7 @@ class DenoisingDecoder(nn.Module):
 
     def velocity(self, x_t, t, z):
         """x_t (b, 3, h, w), t (b, 1, 1, 1), z (b, k, h/f, w/f); gives (b, 3, h, w)."""
-        # not in E: what gamma is for, read as in Chen, 2023: of the picture, before noise comes
+        # not in E: read as in Chen, 2023: gamma scales the picture, before noise is added
         deviation = ((1 - t).square() * (GAMMA * DEVIATION) ** 2 + t.square()).sqrt()
         z = F.interpolate(z, size=x_t.shape[2:], mode="nearest")  # (b, k, h, w)
         c = self.time(t.flatten())
@@ -651,8 +655,7 @@ class DenoisingDecoder(nn.Module):
         return self.conv_out(norm_swish(self.norm_out, x))[:, :3]  # (b, 3, h, w)
 
     def forward(self, x, z):
-        """As a Decoder, by Euler's method; x, what a peer's 1x1 convolution makes of z, is not
-        looked at."""
+        """As Decoder.forward, by Euler's method. x is not used."""
         shape = (1, 3, z.shape[2] * self.factor, z.shape[3] * self.factor)
         noise = torch.randn(shape, generator=data.generator(self.seed, "decoder"))
         x_t = noise.to(z.device).expand(len(z), -1, -1, -1)
@@ -672,6 +675,7 @@ def let_denoise(vae, unet):
     """Give a VAE a decoder that denoises."""
     vae.decoder = DenoisingDecoder(vae.architecture, unet)
     vae.multiple = max(vae.factor, 2 ** (len(UNETS[unet][1]) - 1))
+    vae.smallest = max(vae.smallest, 2 * vae.multiple)
     return vae
 
 
@@ -679,7 +683,7 @@ def let_denoise(vae, unet):
 
 def describe(vae, size):
     """Rows (layer, output shape, parameters, multiply-adds) from input to output for one picture
-    of size x size. The network must be on the meta device, where nothing is computed."""
+    of size x size. The network must be on the meta device, and keeps the plain forms."""
     rows = []
     seen = {}
     ends = r"(encoder|decoder)\.(conv_in|norm_out|conv_out)|(post_)?quant_conv"
@@ -719,7 +723,7 @@ def receptive_field(part):
         for module in block.modules():
             if isinstance(module, Upsample):
                 step /= 2
-            if isinstance(module, nn.Conv2d):     # 1x1 add nothing, so their order is no matter
+            if isinstance(module, nn.Conv2d):  # 1x1 adds nothing
                 field += (module.kernel_size[0] - 1) * step
                 step *= module.stride[0]
     return field
@@ -757,7 +761,7 @@ def main(settings):
 
 # ---------------- the same, faster
 # Equal to the plain forms above by test, with gradients written out so that less is kept in
-# memory: the plain forms take 1.2 times as long for a step of 04 with VGG on a CPU.
+# memory.
 # set_fast(vae, False) chooses the plain forms; --compile starts from those.
 
 def set_fast(vae, fast):
@@ -769,7 +773,7 @@ def set_fast(vae, fast):
 
 def fast_norm_swish(norm, x, z):
     """norm_swish with gamma and beta of the GroupNorm folded into y and b:
-    (gamma x + beta) y + b = x (gamma y) + (beta y + b)."""
+    (gamma n + beta) y + b = (gamma y) n + (beta y + b), with n the normalized x."""
     if isinstance(norm, GroupNorm):
         y = norm.weight[:, None, None].expand(len(x), -1, 1, 1)
         b = norm.bias[:, None, None].expand(len(x), -1, 1, 1)
@@ -793,7 +797,7 @@ class NormSwish(torch.autograd.Function):
     def forward(ctx, x, y, b, groups, eps):
         exact = torch.promote_types(x.dtype, torch.float32)  # bf16 has too few bits for sums
         m = group_mean(x.mean((2, 3), dtype=exact), groups)  # (b, c, 1, 1)
-        # The mean of (x - m)^2. E[x^2] - m^2 would cancel where the mean is large.
+        # (x - m)^2 in one pass. E[x^2] - m^2 would cancel where the mean is large.
         square = F.mse_loss(x.to(exact), m.expand_as(x), reduction="none")
         r = (group_mean(square.mean((2, 3)), groups) + eps).rsqrt()
         ctx.save_for_backward(x, y, b, m, r)

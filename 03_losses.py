@@ -1,8 +1,8 @@
-"""Stage 3 of VIVAT: the four losses and their sum (Sec. 3.1, Eq. 2 to 7, Table 3).
+"""Stage 3 of VIVAT: the four losses and their sum.
 
 Reads   RUN/data/val (01_data.py), a few pictures to damage.
-Writes  RUN/artifacts.png and a table: the five artifacts of Sec. 4 at three strengths, and what
-        each loss term says about them.
+Writes  RUN/artifacts.png; prints a table: the five artifacts of Sec. 4 at three strengths, and
+        what each loss term says about them.
         With --toy instead RUN/toy.png: two regularizers of latents in the plane (not in VIVAT).
 Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
 
@@ -10,12 +10,12 @@ Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
     python 03_losses.py --preset demo --toy
 
 Pictures x and x_hat are (b, 3, h, w) in [-1, 1]. KL and L2 are means over elements; logits and
-each layer of LPIPS, over positions. The paper does not say how terms are reduced, but only means
-fit its weights. Eq. 1 with a Gaussian p(x|z) of variance s^2, times -2 s^2, is a sum over
-elements: |x - x_hat|^2 + 2 s^2 KL.
+each layer of LPIPS, over positions. Eq. 3 and 4 print sums, but only means fit Table 3's weights.
+Eq. 1 with a Gaussian p(x|z) of variance s^2, times -2 s^2, is |x - x_hat|^2 + 2 s^2 KL plus a
+constant, with sums over elements.
 With N = 3 h w pixel values and J = N / 12 latents (f = 8, 16 channels), lambda_kl = 1e-4 between
-means is 2 s^2 = 12e-4, so s = 0.024: a noise floor of 38 dB. Ten times more, which the paper found
-blurred, is 28 dB, visible. Between sums 1e-3 would be 39 dB, no blur at all.
+means is 2 s^2 = 12e-4: a noise floor of 10 log10(4 / s^2) = 38 dB. Ten times more, which the paper
+found blurred, is 28 dB, visible. Between sums 1e-3 would be 39 dB, no blur at all.
 """
 import importlib
 import math
@@ -44,14 +44,14 @@ class Losses:
     lambda_adv: float = 0.01    # Table 3; Sec. 5.2, grid: lower is the cure
     lambda_perc: float = 0.1    # Table 3
     # "untrained" needs no download
-    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: as LPIPS says
+    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's choice
     # Eq. 5 as printed is "log", see adversarial_loss
     gan_loss: Literal["hinge", "log"] = "hinge"  # not in the paper: the base code trains with hinge
     disc_width: int = 64        # not in the paper: as in MoVQGAN's discriminator
     disc_layers: int = 2        # not in the paper: as in MoVQGAN; it judges patches of 34 x 34
-    # not in VIVAT: Variance Expansion for KL, and two ways to ease KL; see "the neighbors" below
-    regularizer: Literal["kl", "ve"] = "kl"  # what stands in its place in Eq. 7
-    lambda_ve: float = 0.1 / 12  # its authors' 0.1 is between sums: times J / N = 1 / 12 (top)
+    # not in VIVAT: Variance Expansion for KL, and two ways to ease KL; see "the neighbors"
+    regularizer: Literal["kl", "ve"] = "kl"  # "ve": Variance Expansion for KL
+    lambda_ve: float = 0.1 / 12  # its paper's 0.1, read as between sums, times J / N = 1 / 12 (top)
     kl_warmup: int = 0          # steps in which lambda_kl rises from 0 in a line
     free_bits: float = 0.0      # nats per latent value that a channel may carry for nothing
 
@@ -59,14 +59,14 @@ class Losses:
 @dataclass(frozen=True)
 class Settings(data.Run, Losses):
     crop: int = 240             # Sec. 5.1: a crop of 240 x 240
-    steps: int = 150            # steps of a fresh discriminator between whole and damaged crops
-    toy: bool = False           # only draw toy.png: the neighbors' example in the plane
-    toy_width: int = 512        # its Appendix C
-    toy_batch: int = 4096       # its Appendix C
-    toy_steps: int = 200_000    # its Appendix C
-    toy_lr: float = 1e-3        # its rate is lost; falls to 0
-    toy_kl: float = 1e-6        # its weight is lost: so weak that latents become a needle
-    toy_ve: float = 3e-5        # its weight is lost: the noise is as wide as a branch
+    steps: int = 150            # steps of a fresh discriminator between intact and damaged crops
+    toy: bool = False           # only draw toy.png: Variance Expansion in the plane
+    toy_width: int = 512        # toy: Appendix C
+    toy_batch: int = 4096       # toy: Appendix C
+    toy_steps: int = 200_000    # toy: Appendix C
+    toy_lr: float = 1e-3        # toy: number lost, and another schedule: falls to 0
+    toy_kl: float = 1e-6        # toy: number lost; so weak that latents become a needle
+    toy_ve: float = 3e-5        # toy: number lost; the noise is as wide as a branch
 
 
 CPU = dict(perceptual_net="untrained", disc_width=24, crop=64)
@@ -87,15 +87,15 @@ def kl_values(mu, logvar):  # KL to N(0, I), Eq. 2, in Eq. 3's form
 
 
 def kl_loss(mu, logvar):
-    return kl_values(mu, logvar).mean()  # Eq. 3 sums over j
+    return kl_values(mu, logvar).mean()  # not in the paper: a mean (top); Eq. 3 sums over j
 
 
 def recon_loss(x, x_hat):  # L2 reconstruction, Eq. 4
-    return (x - x_hat).square().mean()
+    return (x - x_hat).square().mean()  # not in the paper: a mean (top); Eq. 4 prints a sum
 
 
 def psnr(x, x_hat):
-    """Peak signal-to-noise ratio of each picture in dB, (b,), between the 8 bits of a file."""
+    """Peak signal-to-noise ratio of each picture in dB, (b,), after rounding to 8 bits."""
     error = to_uint8(x).float() - to_uint8(x_hat).float()
     return 10 * torch.log10(255 ** 2 / error.square().mean(dim=(1, 2, 3)))
 
@@ -112,11 +112,10 @@ def to_uint8(x):
 
 # ---------------- perceptual loss
 
-class Perceptual(nn.Module):  # Eq. 6, as LPIPS
+class Perceptual(nn.Module):  # Eq. 6
     """LPIPS from the lpips package, mean over pictures, with a gradient that is finite everywhere.
 
-    Always in eval mode: LPIPS has dropout before its linear layers, and a parent's .train() would
-    switch it on. "untrained" is a random AlexNet with a fixed seed and without the linear layers:
+    "untrained" is a random AlexNet with a fixed seed and without the linear layers:
     for trying things out, not a perceptual distance.
     """
     def __init__(self, net="vgg"):
@@ -135,10 +134,7 @@ class Perceptual(nn.Module):  # Eq. 6, as LPIPS
                 folder = f"{torch.hub.get_dir()}/checkpoints"
                 data.stop(f"LPIPS needs {files.get(net)} ({type(error).__name__}): put {url} into "
                           f"{folder}, or set TORCH_HOME, or choose another --perceptual-net")
-        self.requires_grad_(False).train(False)
-
-    def train(self, mode=True):
-        return super().train(False)
+        self.requires_grad_(False)
 
     @staticmethod
     def unit_length(f):
@@ -157,7 +153,7 @@ class Perceptual(nn.Module):  # Eq. 6, as LPIPS
             # not in the paper: Eq. 6 prints an L1 norm at one l; LPIPS sums squares over all l
             difference = (f - f_hat).square()  # (b, c_i, h_i, w_i)
             if self.lpips.lpips:
-                difference = self.lpips.lins[i].model[-1](difference)
+                difference = self.lpips.lins[i].model[-1](difference)  # [-1]: past its dropout
             total = total + difference.sum(1).mean()
         return total
 
@@ -185,7 +181,7 @@ class Discriminator(nn.Module):
     def norm(c):
         # not in the paper: GroupNorm where the base code has BatchNorm. So the verdict on a picture
         # does not depend on its neighbors: batch 1, accumulation and several processes agree.
-        return nn.GroupNorm(math.gcd(c, 32) if c > 32 else math.gcd(c, 8), c)
+        return nn.GroupNorm(math.gcd(c, 32 if c > 32 else 8), c)
 
     def forward(self, x):
         return self.main(x)
@@ -194,9 +190,9 @@ class Discriminator(nn.Module):
 def adversarial_loss(fake, kind="hinge"):  # Eq. 5
     """What the VAE minimizes, from the discriminator's logits of x_hat.
 
-    "log" is Eq. 5 as printed, log(1 - D(x_hat)) with D = sigmoid(logit). Its gradient, sigmoid
-    (logit), vanishes where the discriminator is sure, which it soon is when it trains from step 0.
-    So the default is the base code's hinge form, whose gradient is constant.
+    "log" is Eq. 5 as printed, log(1 - D(x_hat)) with D = sigmoid(logit). Its gradient, -D, vanishes
+    where the discriminator is sure, which it soon is when it trains from step 0. So the default is
+    the base code's hinge form, whose gradient is constant.
     """
     if kind == "hinge":
         return -fake.mean()
@@ -214,12 +210,12 @@ def discriminator_loss(real, fake, kind="hinge"):
 # ---------------- the whole
 
 def total_loss(kl, recon, adv, perc, s):  # Eq. 7
-    # not in the paper: the terms are means, the one reading that fits Table 3 (top)
     return (s.lambda_kl * kl + s.lambda_recon * recon
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
 
 # ---------------- the artifacts of Sec. 4, made
+# not in the paper: how; forms and sizes are chosen by eye
 
 def tint(x, strength):
     """Color shift: all of the picture moves towards yellow (Fig. 2b)."""
@@ -292,7 +288,7 @@ def latent_weight(s, step):
 def variance_expansion(mu, logvar, noise):
     """1 / sigma^2 pushes against the reconstruction, which wants no noise in z; exp(|z| - tau)
     keeps z from growing instead. All (b, k, h/f, w/f), in FP32."""
-    delta = 1e-6  # "tiny" in the paper, no number
+    delta = 1e-6  # "tiny" in its paper, no number
     tau = 1.0
     share = 1e-6 / 0.1  # lambda_2 in units of lambda_1
     variance = logvar.float().exp()
@@ -411,7 +407,7 @@ def density(points, side=256):
 
 def toy(s):
     """RUN/toy.png: for weak KL and for Variance Expansion the points, their latents, and what the
-    latents made by a flow decode to. Returns what it prints."""
+    latents made by a flow decode to."""
     torch.manual_seed(s.seed)
     distribution = tree()
     x = distribution.sample((32_768,))
@@ -446,7 +442,7 @@ def toy(s):
 # ---------------- main
 
 def train_discriminator(disc, x, settings):
-    """A discriminator knows only what it has been shown: a moment's training on all artifacts."""
+    """Train briefly on all artifacts: a discriminator knows only what it has been shown."""
     optimizer = torch.optim.Adam(disc.parameters(), lr=1e-3, betas=(0.5, 0.9))
     for step in range(settings.steps):
         strength = STRENGTHS[step % 3]
@@ -469,13 +465,12 @@ def main(settings):
     x = from_uint8(data.val_crops(settings.run, settings.crop, 16).to(device))
     perceptual = Perceptual(settings.perceptual_net).to(device)
     if settings.perceptual_net == "untrained":
-        print("perceptual net: untrained AlexNet (no download); its column is a feature distance, "
-              "not LPIPS")
+        print("perceptual: a distance of features of an untrained AlexNet, not LPIPS")
     disc = disc.to(device)
     train_discriminator(disc, x, settings)
 
-    print(f"each term times its weight in Table 3, on {len(x)} validation pictures; the "
-          "adversarial term less its value on whole pictures;\n"
+    print(f"each term times its weight in Eq. 7, on {len(x)} validation pictures; the "
+          "adversarial term less its value on intact pictures;\n"
           f"KL ({settings.lambda_kl:g}) looks at latents and says nothing about a picture\n")
     print(f"{'artifact':14}{'strength':>9}{'L2':>12}{'perceptual':>12}{'adversarial':>12}"
           f"{'PSNR, dB':>10}")
@@ -494,7 +489,7 @@ def main(settings):
                 rows[name, strength] = (recon, perc, adv)
                 print(f"{name:14}{strength:9.2f}{recon:12.5f}{perc:12.5f}{adv:12.5f}"
                       f"{psnr(x, y).mean():10.2f}")
-                tiles.append(to_uint8(artifact(x[:1], strength)[0]))
+                tiles.append(to_uint8(y[0]))
     titles = ["original"] + [f"strength {strength:g}" for strength in STRENGTHS]
     data.save_sheet(Path(settings.run, "artifacts.png"), tiles, 4, titles, rows=list(ARTIFACTS))
     return rows

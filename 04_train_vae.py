@@ -1,4 +1,4 @@
-"""Stage 4 of VIVAT: train the VAE and its discriminator together (Sec. 3.1, Tables 2 and 3).
+"""Stage 4 of VIVAT: train the VAE and its discriminator together.
 
 Reads   RUN/data (01_data.py); RUN/vae.pt if this run was interrupted.
 Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reconstructions),
@@ -8,8 +8,8 @@ Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
     python 04_train_vae.py --preset small --run runs/mine
     torchrun --nproc-per-node 8 -- 04_train_vae.py --preset paper --run runs/mine
 
-The same command again goes on where the last one stopped, exactly: everything random is a function
-of (stage, seed, step).
+The same command again goes on where the last one stopped, on a CPU bit for bit: all that is random
+is a function of (stage, seed, step).
 """
 import collections
 import copy
@@ -34,24 +34,24 @@ losses = importlib.import_module("03_losses")
 @dataclass(frozen=True)
 class Training(data.TrainingRun, losses.Losses):
     """All but the architecture, so that 05 can have it too."""
-    crop: int = losses.Settings.crop  # Sec. 5.1
+    crop: int = losses.Settings.crop  # Sec. 5.1: side of a crop
     lr: float = 1e-4                 # Table 2 (VAE); not in the paper: the discriminator's too
     ema_decay: float = 0.9999        # Table 2
     # bf16: the VAE alone under autocast; weights and losses stay FP32, on a GPU with TF32 products
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
     steps: int = 1_000_000           # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
     accumulate: int = 1              # parts that a process cuts its share into, to save memory
     # muon: for convolutions and matrices, at a rate of its own; Adam for the rest
     optimizer: Literal["adam", "muon"] = "adam"  # not in the paper: as in MoVQGAN
     muon_lr: float = 5e-3            # not in the paper: best of a few short runs on scenes
-    warmup: int = 0                  # not in the paper: steps in which rates rise to their full
+    warmup: int = 0                  # not in the paper: first steps, in which rates rise from 0
     decay: float = 0.0               # not in the paper: last share of steps, where rates fall to 0
-    beta1: float = 0.5               # not in the paper: as in MoVQGAN; low: the other player moves
+    beta1: float = 0.5               # not in the paper: as in MoVQGAN; low: its target moves
     beta2: float = 0.9               # not in the paper: Adam as in MoVQGAN
     clip: float = 1.0                # not in the paper: gradient norm; MoVQGAN clips each value
-    val_pictures: int = 256          # validation pictures that are looked at, at most
-    latent_pictures: int = 10_000    # training crops that latent mean and deviation are taken over
+    val_pictures: int = 256          # at most so many validation pictures are looked at
+    latent_pictures: int = 10_000    # not in the paper: crops behind latent mean and deviation
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
     disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
     (share * disc_loss).backward(inputs=judging, retain_graph=True)
 
-    kl = losses.latent_loss(mu, logvar, noise, s)  # Eq. 3
+    kl = losses.latent_loss(mu, logvar, noise, s)  # Eq. 3: kl_loss, if nothing else is chosen
     recon = losses.recon_loss(x, x_hat)  # Eq. 4
     adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
     perc = perceptual(x, x_hat)  # Eq. 6
@@ -113,7 +113,7 @@ def train_step(parts, vae, disc, perceptual, optimizers, s, add=add_gradients):
         terms = add(x, *noise, vae, disc, perceptual, trained, judging, s)
         for name in terms:
             values[name] += terms[name].detach() / s.accumulate
-        del terms  # the discriminator's graph was retained
+        del terms  # and with them the discriminator's graph, before the next part
     data.sum_gradients(trained)
     data.sum_gradients(judging)
     values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
@@ -130,16 +130,17 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
           add=add_gradients, more_noise=()):
     """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
 
-    file: what an interrupted run left in `out`, or None. latents: (mean, std) where they are known;
-    else they are measured at the end. add: as add_gradients, with noise of the shapes in more_noise
-    besides.
+    file: what an interrupted run left in `out`, or None. latents: their (mean, std), or None: they
+    are measured at the end. add: add_gradients, or 05's own; more_noise: the shapes of the noise
+    that it takes besides.
     """
+    rank, _ = data.processes()
     if file and file["step"] == s.steps and file["latent_mean"] is not None:
-        print(f"{out} is finished at step {s.steps}; more --steps go on from there")
+        if rank == 0:
+            print(f"{out} is finished at step {s.steps}; more --steps go on from there")
         return
     if not vae.takes(s.crop):
-        data.stop(f"--crop {s.crop} must be a multiple of {vae.multiple}, from {4 * vae.factor} up")
-    rank, world = data.processes()
+        data.stop(f"--crop {s.crop} must be a multiple of {vae.multiple}, from {vae.smallest} up")
     device = next(vae.parameters()).device
     torch.backends.cudnn.benchmark = True  # crops have one size
     layout = dict(memory_format=torch.channels_last)  # in which convolutions are fastest
@@ -152,7 +153,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
     averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
-    optimizers = make_optimizers(trained, disc, device, s)
+    optimizers = both_optimizers(trained, disc, device, s)
     state = dict(model=vae, ema=ema, disc=disc, **optimizers)
     step = data.load_state(file, state)
     del file  # at the paper's size, gigabytes
@@ -203,6 +204,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
             bar.close()
             data.leave(stage, out, step)
     bar.close()
+    data.stop_listening()
     if rank == 0:
         mean, std = latents or latent_statistics(ema, crops, s, device)
         data.save_state(out, state, step=step, latent_mean=mean, latent_std=std, **about)
@@ -210,7 +212,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
               f"{std.max():.3f} over {len(std)} channels")
 
 
-def make_optimizers(trained, disc, device, s):
+def both_optimizers(trained, disc, device, s):
     """{name in the checkpoint: optimizer}."""
     # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = functools.partial(torch.optim.Adam, lr=s.lr, betas=(s.beta1, s.beta2),
@@ -231,11 +233,12 @@ def load_parts(loader, vae, more_noise, stage, step, device, s):
     generator = data.generator(stage, s.seed, step)
     side = s.crop // vae.factor
     shapes = [(vae.architecture.latent_channels, side, side), *more_noise]
-    noise = [torch.randn(s.batch, *shape, generator=generator) for shape in shapes]
-    parts = [whole.chunk(world)[rank].chunk(s.accumulate) for whole in noise]
+    drawn = [torch.randn(s.batch, *shape, generator=generator) for shape in shapes]
+    parts = [whole.chunk(world)[rank].chunk(s.accumulate) for whole in drawn]
     for part in zip(*parts):
         x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield losses.from_uint8(x), *[noise.to(device) for noise in part]
+        noise = [v.to(device, non_blocking=True) for v in part]
+        yield losses.from_uint8(x), *noise
 
 
 # ---------------- looking

@@ -1,4 +1,4 @@
-"""Stage 5 of VIVAT: freeze the encoder, train the decoder further (Sec. 5.3).
+"""Stage 5 of VIVAT: freeze the encoder, train the decoder further.
 
 Reads   RUN/vae.pt (04_train_vae.py), or with --vae any file that load_vae reads, a peer's too;
         RUN/data (01_data.py).
@@ -9,9 +9,9 @@ Paper   Sec. 5.3; Sec. 5.2 names it as a cure of the color shift.
     python 05_finetune_decoder.py --preset small --run runs/mine
     python 05_finetune_decoder.py --preset small --run runs/mine --decoder denoising
 
-It is the training of 04 with one difference: the encoder, and whatever else shapes the latents,
-stays as it is, bit for bit. So latents of both checkpoints are interchangeable, and a step costs
-less: encoding builds no graph.
+It is the training of 04 from its EMA weights, with new optimizers and one difference: the encoder,
+and whatever else shapes the latents, stays as it is, bit for bit. So latents of both checkpoints
+are interchangeable, and a step costs less: encoding builds no graph.
 """
 import importlib
 from dataclasses import dataclass, replace
@@ -32,13 +32,12 @@ training = importlib.import_module("04_train_vae")
 
 @dataclass(frozen=True)
 class Settings(training.Training):
-    # Sec. 5.3 cites a stage even longer than the training of the whole
-    steps: int = 1_000_000  # not in the paper: as long as 04
+    steps: int = 1_000_000  # not in the paper: as long as 04; Sec. 5.3 cites a longer stage
     vae: str = ""           # the file to start from [RUN/vae.pt]
-    peer: str = ""          # whose --vae is where the file does not tell: flux, sd3, sd1 or sdxl
-    # not in VIVAT: a decoder that denoises, see "the neighbors" below; what follows is its own
+    peer: str = ""          # whose file --vae is, if it does not tell: flux, sd3, sd1 or sdxl
+    # not in VIVAT: a decoder that denoises, see "the neighbors"; it takes these values for 04's
     decoder: Literal["plain", "denoising"] = "plain"  # denoising: a new one
-    unet: Literal["B", "M", "L", "XL", "H", "laptop"] = "B"  # 20, 49, 89, 141, 356, 2 million
+    unet: Literal["B", "M", "L", "XL", "H", "laptop"] = "B"  # 20 to 356, laptop 2 M parameters
     denoise_perc: float = 0.5       # E, C.2: lambda of LPIPS
     denoise_adv: float = 0.5        # E, C.2: lambda of the adversarial loss
     denoise_r1: float = 0.02        # not in E, where it is lost: at 1 the discriminator goes silent
@@ -48,7 +47,7 @@ class Settings(training.Training):
     denoise_warmup: int = 5000      # E, C.2: steps to the full rate
 
 
-DEMO = dict(steps=240, val_every=130, save_every=130, muon_lr=2e-3, unet="laptop",
+DEMO = dict(steps=240, val_every=120, save_every=120, muon_lr=2e-3, unet="laptop",
             denoise_warmup=100)
 LAPTOP = DEMO | dict(steps=400, val_every=200, save_every=200)
 PRESETS = {
@@ -62,7 +61,7 @@ PRESETS = {
 # ---------------- the method: frozen latents
 
 def freeze_encoder(vae, trained=("decoder.", "post_quant_conv.")):
-    """Keep what shapes the latents: the encoder, the convolution behind it, a peer's codebook."""
+    """Let only weights learn whose names start with `trained`; the others shape the latents."""
     for name, p in vae.named_parameters():
         p.requires_grad_(name.startswith(trained))
     return vae
@@ -149,8 +148,8 @@ class PairDiscriminator(losses.Discriminator):
         return x  # (b, 1, h', w')
 
 
-def its_own(s):
-    """The settings with what the denoising decoder has of its own."""
+def denoising_settings(s):
+    """The settings, with the denoising decoder's values for 04's."""
     if s.compile:
         data.stop("--compile is for --decoder plain")
     return replace(s, lambda_perc=s.denoise_perc, lambda_adv=s.denoise_adv, beta1=s.denoise_beta1,
@@ -165,25 +164,26 @@ def main(s):
     source = Path(s.vae or Path(s.run, "vae.pt"))
     out = Path(s.run, "vae_denoising.pt" if denoising else "vae_finetuned.pt")
     if denoising:
-        s = its_own(s)
+        s = denoising_settings(s)
     if s.dry_run and not source.exists():  # nothing to count yet
         return data.print_settings(s)
     # not in the paper: it starts from the EMA weights, which are what 04 is for
     vae = freeze_encoder(model.load_vae(source, peer=s.peer))
     if isinstance(vae.decoder, model.DenoisingDecoder):
         data.stop(f"{source} has a denoising decoder: start from the file that it was made from")
-    disc = losses.Discriminator(s.disc_width, s.disc_layers)
+    torch.manual_seed(s.seed)  # what is new starts alike in all processes
     if denoising:
-        torch.manual_seed(s.seed)
         vae = freeze_encoder(model.let_denoise(vae, s.unet), trained="decoder.")
         disc = PairDiscriminator(s.disc_width, s.disc_layers)
+    else:
+        disc = losses.Discriminator(s.disc_width, s.disc_layers)
     if s.dry_run:
         return training.print_counts(s, vae, disc)
     data.picture_names(Path(s.run, "data", "train"), s.crop)
     made_from = data.parent(source)
     device = data.start(s)
     file = data.resume(s, stage, out, made_from, free={"val_pictures", "vae"})
-    weights = discriminator_in(source)  # a denoising decoder has a new one
+    weights = discriminator_in(source)  # stops too where 04 is not at its end
     latents = None
     if vae.latent_mean is not None:
         latents = (vae.latent_mean, vae.latent_std)

