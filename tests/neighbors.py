@@ -96,12 +96,12 @@ def mean_features(trunk, pictures):
 
 def kernel_distance(a, b):
     """Unbiased squared maximum mean discrepancy of two sets (n, d), as in KID, with the kernel
-    (1 + a . b)^3."""
-    within = []
-    for v in (a, b):
-        kernel = (1 + v @ v.T) ** 3
-        within.append((kernel.sum() - kernel.trace()) / (len(v) * (len(v) - 1)))
-    return (sum(within) - 2 * ((1 + a @ b.T) ** 3).mean()).item()
+    (1 + a . b)^3. Item i of both has the same prompt, so that such pairs are left out too."""
+    def alike(v, w):
+        kernel = (1 + v @ w.T) ** 3
+        return (kernel.sum() - kernel.trace()) / (len(v) * (len(v) - 1))
+
+    return (alike(a, a) + alike(b, b) - 2 * alike(a, b)).item()
 
 
 # ---------------- telling
