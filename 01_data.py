@@ -18,7 +18,6 @@ import copy
 import datetime
 import functools
 import hashlib
-import heapq
 import inspect
 import io
 import itertools
@@ -106,7 +105,7 @@ def resize_shorter(x, side, how=InterpolationMode.BICUBIC):
     """A uint8 picture (3, h, w) with a shorter side of `side`; antialiased unless nearest."""
     h, w = x.shape[-2:]
     size = [round(h * side / min(h, w)), round(w * side / min(h, w))]
-    return TF.resize(x, size, interpolation=how, antialias=how != InterpolationMode.NEAREST)
+    return TF.resize(x, size, interpolation=how)
 
 
 class Crops(Dataset):
@@ -129,8 +128,7 @@ class Crops(Dataset):
         left = rng.randint(0, x.shape[2] - self.crop)
         x = x[:, top:top + self.crop, left:left + self.crop]  # (3, crop, crop)
         # not in the paper: where the crop lies, and mirroring; both are random
-        mirrored = rng.random() < 0.5
-        return x.flip(-1) if mirrored else x.contiguous()
+        return x.flip(-1) if rng.random() < 0.5 else x
 
 
 def center_crop(x, crop):
@@ -217,7 +215,7 @@ def name_hash(name):
 
 
 def name_number(name):
-    """A number in [0, 1) that follows from a file's bare name; below val_share it validates."""
+    """A number in [0, 1) that follows from a file's bare name."""
     return int(name_hash(os.path.basename(name))[:8], 16) / 2 ** 32
 
 
@@ -287,11 +285,8 @@ def describe(parts):
     """(caption or "", aesthetic score or None) from img2dataset's .txt and .json beside a picture.
     """
     meta = {}
-    with contextlib.suppress(KeyError, ValueError):
-        meta = json.loads(parts[".json"]())
-    if not isinstance(meta, dict):
-        meta = {}
-    meta = {key.lower(): value for key, value in meta.items()}
+    with contextlib.suppress(KeyError, ValueError, AttributeError):  # absent, broken, no dict
+        meta = {key.lower(): value for key, value in json.loads(parts[".json"]()).items()}
     caption = str(meta.get("caption") or meta.get("text") or "")
     if ".txt" in parts:
         caption = parts[".txt"]().decode("utf-8-sig", "replace").strip() or caption
@@ -322,22 +317,21 @@ class Source(IterableDataset):
 
 
 def find_units(images, own=None):
-    """Paths of pictures and .tar shards under the folder `images`, less what the run in the folder
-    `own` wrote."""
+    """Paths of pictures and .tar shards under the folder `images`, less the data and the sheets of
+    a run folder `own` that may lie among them."""
     root = Path(images).expanduser()
     if not root.is_dir():
         stop(f"--images {images}: no such folder")
     units = []
     for folder, _, names in os.walk(root):
-        # A run folder may lie among the pictures: its data and its sheets are not read again.
         here = Path(folder).resolve()
         if own and (here == own.resolve() or here.is_relative_to(own.resolve() / "data")):
             continue
-        wanted = [name for name in sorted(names) if suffix(name) in PICTURES | {".tar"}]
-        units += [os.path.join(folder, name) for name in wanted]
+        units += [os.path.join(folder, name) for name in names
+                  if suffix(name) in PICTURES | {".tar"}]
     if not units:
         stop(f"--images {images}: no pictures ({' '.join(sorted(PICTURES))}) and no .tar shards")
-    return units
+    return sorted(units)
 
 
 def pictures(units, images, seed=0, height=Settings.min_side):
@@ -461,8 +455,8 @@ def fix_settings(root, units, s):
     elif not any(str(unit).endswith(".tar") for unit in units):
         names = (scene_name(unit) if isinstance(unit, int) else unit for unit in units)
         handful = min(5, len(units) // 4)
-        smallest = heapq.nsmallest(handful + 1, map(name_number, names))
-        share = max(share, smallest[handful]) if handful else share
+        numbers = sorted(map(name_number, names))
+        share = max(share, numbers[handful]) if handful else share
     write_text(kept, json.dumps(asdict(s) | {"share": share}, indent=2))
     return share
 
@@ -478,19 +472,16 @@ def write_index(folder):
     kind = [("name", "S64"), ("start", np.int64), ("end", np.int64)]
     table = np.fromiter(line_positions(path), dtype=kind)
     table = table[np.argsort(table["name"], kind="stable")]
-    digest = hashlib.sha256()
 
     def write_sorted(f):
         with open(path, "rb") as lines:
             for _, start, end in table:
                 lines.seek(start)
-                line = lines.read(end - start)
-                digest.update(line)
-                f.write(line)
+                f.write(lines.read(end - start))
 
     write_aside(path, write_sorted)
     write_aside(folder / "names.npy", lambda f: np.save(f, table["name"]))
-    index = {"pictures": len(table), "sha256": digest.hexdigest()}
+    index = {"pictures": len(table), "sha256": parent(path)["sha256"]}
     write_text(folder / "index.json", json.dumps(index))
     return len(table)
 
@@ -500,7 +491,7 @@ def line_positions(path):
     start = 0
     with open(path, "rb") as f:
         for line in f:
-            yield os.fsencode(json.loads(line)["file_name"]), start, start + len(line)
+            yield json.loads(line)["file_name"], start, start + len(line)
             start += len(line)
 
 
@@ -589,7 +580,6 @@ def draw_marks(size, pattern, step):
 
 
 def corners(shape, x, y, radius, turn):
-    """Corners of a shape around (x, y), a little turned."""
     count = {"square": 4, "triangle": 3, "star": 10, "circle": 90}[shape]
     outline = []
     for i in range(count):
@@ -663,8 +653,7 @@ def polygon_area(outline):
 
 
 def read_pattern(brightness, ground):
-    """One of PATTERNS, from the share of the ground that dark marks cover, and from how much that
-    share differs between columns. brightness (side, side), ground a mask of that shape."""
+    """One of PATTERNS. brightness (side, side), ground a mask of that shape."""
     # Dots cover 0.2 of the ground, checks and stripes 0.5; only stripes differ between columns.
     dark = (brightness < 0.75) & ground
     share = dark.sum() / ground.sum().clamp(min=1)
@@ -721,12 +710,10 @@ def parse_cli(Settings, presets, doc, argv=None):
 
 
 def with_tuples(values):
-    """The same dict, with tuples for lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def command_line(main, Settings, presets, doc):
-    """What every script does when it is run."""
     try:
         main(parse_cli(Settings, presets, doc))
     except KeyboardInterrupt:
@@ -745,8 +732,7 @@ def print_settings(s, **counts):
 
 def check_settings(stored, now, free, what):
     """Stop where `now` differs from `stored` in what shapes the result; `free` may differ."""
-    now = json.loads(json.dumps(now))  # tuples become lists
-    stored = json.loads(json.dumps(stored))
+    now, stored = json.loads(json.dumps([now, stored]))  # tuples become lists
     for key in sorted(now.keys() - free):
         old = stored.get(key, "unknown")
         if now[key] != old:
@@ -820,7 +806,6 @@ def parent(path):
 
 
 def log(run, **entry):
-    """Append one line to RUN/log.jsonl."""
     with open(Path(run, "log.jsonl"), "a", encoding="utf-8") as f:
         f.write(json.dumps(entry) + "\n")
 
@@ -967,12 +952,22 @@ def load_state(file, state):
 
 
 def save_state(out, state, **about):
-    """A checkpoint of the same networks and optimizers, and what there is to say about them."""
     tensors = {name: module.state_dict() for name, module in state.items()}
     save_checkpoint(out, **about, **tensors)
 
 
 SIGNALS = []  # that asked this process to stop
+
+
+def begin(dataset, s, stage, step, device, collate_fn=None):
+    """For the steps after `step`: an iterator of their parts' items, and a bar."""
+    listen()  # before loader processes start: from then on Ctrl-C reaches them too
+    loader = DataLoader(dataset, batch_sampler=positions(s, step), collate_fn=collate_fn,
+                        num_workers=loader_workers(s, device), pin_memory=device.type == "cuda",
+                        worker_init_fn=ignore_signals)
+    rank, _ = processes()
+    bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **BAR)
+    return iter(loader), bar
 
 
 def listen():
@@ -981,14 +976,17 @@ def listen():
     The first process alone looks at it: its weights are the others' too, and they end with it.
     """
     SIGNALS.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
+    on_signals(remember)
 
 
 def stop_listening():
     """From now on they end the process at once: nothing is left that could be lost."""
+    on_signals(signal.default_int_handler)
+
+
+def on_signals(handler):
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, handler)
 
 
 def remember(number, frame):
@@ -998,8 +996,7 @@ def remember(number, frame):
 
 def ignore_signals(worker):
     """Loader processes leave it to the main process to end: Ctrl-C reaches them too."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    on_signals(signal.SIG_IGN)
 
 
 def leave(stage, out, step):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 data = importlib.import_module("01_data")
@@ -152,7 +151,6 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
     disc = disc.to(**layout)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), vae.parameters()) if p.requires_grad]
     optimizers = both_optimizers(trained, disc, device, s)
     state = dict(model=vae, ema=ema, disc=disc, **optimizers)
     step = data.load_state(file, state)
@@ -161,14 +159,10 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
                  parent=made_from)
     forward = torch.compile(model.set_fast(vae, False)) if s.compile else vae
 
-    data.listen()  # before loader processes start: from then on Ctrl-C reaches them too
     crops = data.Crops(Path(s.run, "data", "train"), s.crop, stage, s.seed)
-    loader = iter(DataLoader(crops, batch_sampler=data.positions(s, step),
-                             num_workers=data.loader_workers(s, device),
-                             pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals))
+    loader, bar = data.begin(crops, s, stage, step, device)
     if rank == 0:
         val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device))
-    bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
     clock = time.time()
     since = step
     for step in range(step + 1, s.steps + 1):
@@ -177,7 +171,7 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
         model.set_rates(optimizers.values(), factor)
         now = replace(s, lambda_kl=losses.latent_weight(s, step))  # at this step
         values = train_step(parts, forward, disc, perceptual, optimizers.values(), now, add)
-        model.update_average(averaged, trained, step, s.ema_decay)
+        model.update_average(ema.parameters(), vae.parameters(), step, s.ema_decay)
         bar.update()
 
         last = step == s.steps
@@ -213,7 +207,6 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
 
 
 def both_optimizers(trained, disc, device, s):
-    """{name in the checkpoint: optimizer}."""
     # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = functools.partial(torch.optim.Adam, lr=s.lr, betas=(s.beta1, s.beta2),
                              fused=device.type in ("cuda", "cpu"))
@@ -275,8 +268,8 @@ def latent_statistics(vae, crops, s, device):
         mu = q.mu.cpu().double()  # (b, k, h/f, w/f)
         variance = q.logvar.exp().cpu().double()
         n += mu[:, 0].numel()
-        total = total + mu.sum(dim=(0, 2, 3))  # (k,)
-        squares = squares + (mu.square() + variance).sum(dim=(0, 2, 3))
+        total += mu.sum(dim=(0, 2, 3))  # (k,)
+        squares += (mu.square() + variance).sum(dim=(0, 2, 3))
     mean = total / n
     return mean.float(), (squares / n - mean.square()).sqrt().float()
 

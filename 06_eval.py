@@ -70,8 +70,7 @@ def ssim(x, y):
     """Structural similarity of pictures (b, 3, h, w) in 0..255, mean over positions and channels:
     (b,)."""
     # not in the paper: a Gaussian window of deviation 1.5, 11 x 11, as in the SSIM paper
-    t = torch.arange(-5, 6, dtype=torch.float64)
-    window = torch.exp(-t.square() / (2 * 1.5 ** 2))
+    window = torch.signal.windows.gaussian(11, std=1.5, dtype=torch.float64)
     window = (window / window.sum()).expand(3, 1, 1, 11)
 
     def mean(v):
@@ -94,12 +93,11 @@ def ssim(x, y):
 # ---------------- the five artifacts, metered
 # 03_losses.py makes the artifacts; functions of the same names here measure them. Each compares
 # originals x and reconstructions y, (b, 3, h, w) in 0..255, and gives n numbers per picture.
-# Meter.read turns the means of these numbers over all pictures into one reading.
 
 @dataclass(frozen=True)
 class Meter:
     numbers: Callable   # (x, y) to (b, n)
-    read: Callable      # means of the numbers, (n,), to the reading
+    read: Callable      # means of the numbers over all pictures, (n,), to the reading
     ideal: float        # the reading of a perfect copy
     edge: float         # from the ideal to here a reading is healthy
     unit: str
@@ -177,9 +175,8 @@ def corner(x, y):
     over interior.
     """
     error = (y - x).square().mean(dim=1)  # (b, h, w)
-    row = losses.distance_to_ends(error.shape[1])[:, None] < 16
-    column = losses.distance_to_ends(error.shape[2]) < 16
-    frame = (row | column).to(error.device)
+    frame = torch.ones_like(error[0], dtype=torch.bool)
+    frame[16:-16, 16:-16] = False
     return torch.stack([error[:, frame].mean(dim=1), error[:, ~frame].mean(dim=1)], 1)
 
 
@@ -243,21 +240,20 @@ def lab_chroma(x):
 
 @torch.no_grad()
 def activation_norms(vae, z):
-    """Fig. 3: norms over channels after each block of the decoder, {layer: (h, w)}, for one latent
-    z (1, k, h/f, w/f)."""
+    """Fig. 3: norms over channels after each block of the decoder, over their median,
+    {layer: (h, w)}, for one latent z (1, k, h/f, w/f)."""
     norms = {}
 
     def remember(name, module, inputs, out):
         # A denoising decoder runs its blocks once per step: the last step stays.
-        norms[name] = out[0].float().norm(dim=0)
+        norm = out[0].float().norm(dim=0)
+        norms[name] = norm / norm.median().clamp(min=1e-6)
 
+    blocks = (model.ResBlock, model.AttnBlock, model.Upsample, model.UnetBlock)
     hooks = []
     for name, module in vae.decoder.named_modules():
-        block = isinstance(module, (model.ResBlock, model.AttnBlock, model.Upsample,
-                                    model.UnetBlock))
-        if block or name in ("conv_in", "conv_out"):
-            hook = functools.partial(remember, name)
-            hooks.append(module.register_forward_hook(hook))
+        if isinstance(module, blocks) or name in ("conv_in", "conv_out"):
+            hooks.append(module.register_forward_hook(functools.partial(remember, name)))
     vae.decode(z)
     for hook in hooks:
         hook.remove()
@@ -269,13 +265,11 @@ def latent_report(vae, pictures, seed):
     """What the latents of some pictures (1, 3, h, w) are like, and what PSNR is left when noise is
     added to them."""
     posteriors = [vae.encode(x) for x in pictures]
-    mu = torch.cat([q.mu.movedim(1, -1).flatten(0, -2) for q in posteriors])  # (., k)
-    logvar = torch.cat([q.logvar.movedim(1, -1).flatten(0, -2) for q in posteriors])
-    mu = mu.cpu().double()
-    logvar = logvar.cpu().double()
-    kl = losses.kl_values(mu, logvar).mean(dim=0)  # (k,)
-    sigma2 = logvar.exp().mean(dim=0)
-    variance = mu.var(dim=0) + sigma2
+    mu = torch.cat([q.mu for q in posteriors]).cpu().double()  # (n, k, h/f, w/f)
+    logvar = torch.cat([q.logvar for q in posteriors]).cpu().double()
+    kl = losses.kl_values(mu, logvar).mean((0, 2, 3))  # (k,)
+    sigma2 = logvar.exp().mean((0, 2, 3))
+    variance = mu.var((0, 2, 3)) + sigma2
     std = variance.sqrt().float()[:, None, None]
     generator = torch.Generator().manual_seed(seed)
     robustness = {}
@@ -287,7 +281,7 @@ def latent_report(vae, pictures, seed):
             psnr.append(losses.psnr(x, x_hat).clamp(max=100))
         robustness[str(strength)] = torch.cat(psnr).mean().item()
     # not in the paper: a channel is active above 0.01 nats per value
-    return {"mean": mu.mean(dim=0).tolist(), "std": variance.sqrt().tolist(), "kl": kl.tolist(),
+    return {"mean": mu.mean((0, 2, 3)).tolist(), "std": variance.sqrt().tolist(), "kl": kl.tolist(),
             "active": int((kl > 0.01).sum()), "channels": len(kl),
             "posterior_share": (sigma2 / variance).mean().item(),
             "posterior_variance": sigma2.mean().item(), "psnr_under_noise": robustness}
@@ -377,15 +371,15 @@ def open_diffusers(spec, place, s, device):
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         data.stop(f"--vae {spec} cannot be loaded: {reason}")
-    return name.rstrip("/").rsplit("/", 1)[-1], functools.partial(theirs, net, s), None
+    return Path(name).name, functools.partial(theirs, net, s), None
 
 
 def read_pictures(s, skipped):
-    """Yield (name, uint8 (3, size, size)): shorter side resized, center crop. What is broken goes
-    into `skipped` with its reason."""
+    """Yield uint8 (1, 3, size, size): shorter side resized, center crop. What is broken goes into
+    `skipped` with its reason."""
     folder = Path(s.run, "data", "val")
     if s.images:
-        units = sorted(data.find_units(s.images))
+        units = data.find_units(s.images)
     else:
         units = [str(folder / os.fsdecode(name)) for name in data.picture_names(folder, 1)]
     found = data.pictures(units, s.images or folder)
@@ -397,7 +391,7 @@ def read_pictures(s, skipped):
         except Exception as error:
             skipped[name] = error
             continue
-        yield name, data.center_crop(data.resize_shorter(x, s.resize or s.size), s.size)
+        yield data.center_crop(data.resize_shorter(x, s.resize or s.size), s.size)[None]
 
 
 # ---------------- one model, measured
@@ -412,13 +406,12 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
     reset_peak(device)
     name, reconstruct, vae = open_model(spec, s, device)
     fid = open_fid(device) if s.fid else None
-    sums = dict(psnr=0.0, ssim=0.0, lpips=0.0)
-    numbers = dict.fromkeys(METERS, 0.0)
+    sums = dict.fromkeys(["psnr", "ssim", "lpips", *METERS], 0.0)
     shown = []
     count = 0
     began = time.time()
-    for _, x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
-        x8 = x8[None].to(device)
+    for x8 in tqdm(read_pictures(s, skipped), unit="picture", desc=name[-30:], **data.BAR):
+        x8 = x8.to(device)
         x = losses.from_uint8(x8)  # (1, 3, size, size)
         y8 = losses.to_uint8(reconstruct(x))
         y = losses.from_uint8(y8)
@@ -426,7 +419,7 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
         sums["ssim"] += ssim(x8, y8).item()
         sums["lpips"] += perceptual(x, y).item()
         for key, meter in METERS.items():
-            numbers[key] += meter.numbers(x8.float(), y8.float())[0].cpu()
+            sums[key] += meter.numbers(x8.float(), y8.float())[0].cpu()
         if fid:
             fid.update(x8, real=True)
             fid.update(y8, real=False)
@@ -434,7 +427,7 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
             shown.append((x8[0].cpu(), y8[0].cpu()))
         count += 1
     row = {"name": name, "pictures": count} | {key: v / count for key, v in sums.items()}
-    row |= {key: meter.read(numbers[key] / count).item() for key, meter in METERS.items()}
+    row |= {key: meter.read(row[key]).item() for key, meter in METERS.items()}
     if fid:
         row["rfid"] = fid.compute().item()
     # Of the whole measurement, not of the model alone.
@@ -443,8 +436,7 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
     result = {"row": row, "shown": shown}
     if vae is not None and s.latents:
         norms = activation_norms(vae, vae.encode(pictures[0]).mu)
-        peaks = {layer: v.max() / v.median().clamp(min=1e-6) for layer, v in norms.items()}
-        row["activation_max_over_median"] = {layer: v.item() for layer, v in peaks.items()}
+        row["activation_max_over_median"] = {layer: v.max().item() for layer, v in norms.items()}
         row["latents"] = latent_report(vae, pictures, s.seed)
         result["norms"] = norms
         result["between"] = interpolate(vae, pictures)
@@ -453,10 +445,8 @@ def evaluate(spec, s, device, perceptual, pictures, skipped):
 
 def interpolate(vae, pictures):
     """Seven decoded pictures on the line between the latents of the first two pictures."""
-    first = vae.encode(pictures[0]).mu
-    # A single picture is its own partner.
-    second = vae.encode(pictures[min(1, len(pictures) - 1)]).mu
-    steps = [torch.lerp(first, second, t / 6) for t in range(7)]
+    ends = [vae.encode(x).mu for x in pictures[:2]]  # a single picture is its own partner
+    steps = [torch.lerp(ends[0], ends[-1], t / 6) for t in range(7)]
     return [losses.to_uint8(vae.decode(z))[0] for z in steps]
 
 
@@ -498,11 +488,10 @@ def table(rows, protocol_lines):
         columns[name] = (f"{name}, {meter.unit}", f"{sign} {meter.edge:g}", digits)
     if "rfid" in rows[0]:
         columns["rfid"] = ("rFID", "", 2)
-    cells = [["model", *(head for head, _, _ in columns.values())],
-             ["healthy", *(healthy for _, healthy, _ in columns.values())]]
+    heads, healthy, digits = zip(*columns.values())
+    cells = [["model", *heads], ["healthy", *healthy]]
     for row in rows:
-        numbers = [f"{row[key]:.{digits}f}" for key, (_, _, digits) in columns.items()]
-        cells.append([row["name"], *numbers])
+        cells.append([row["name"], *(f"{row[key]:.{d}f}" for key, d in zip(columns, digits))])
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for row in cells:
@@ -547,15 +536,6 @@ def protocol(s, pictures, skipped, device):
     return lines
 
 
-def write_report(run, rows, protocol_lines):
-    text = table(rows, protocol_lines)
-    text += "".join(latent_lines(row) for row in rows if "latents" in row)
-    print(text)
-    data.write_text(run / "eval.md", text)
-    report = json.dumps({"protocol": protocol_lines, "rows": rows}, indent=1)
-    data.write_text(run / "eval.json", report)
-
-
 def draw_comparison(path, results):
     """Fig. 5: three pictures, each whole, its most detailed part magnified, and five times the
     error; the original first, then each model."""
@@ -593,7 +573,7 @@ def draw_activations(path, results):
         norms = result["norms"].values()
         size = max(v.shape[0] for v in norms)
         for v in norms:
-            scaled = (v / v.median().clamp(min=1e-6) * 64).clamp(0, 255)
+            scaled = (v * 64).clamp(0, 255)
             tiles.append(F.interpolate(scaled[None, None], size=size)[0].byte().expand(3, -1, -1))
     titles = [layer.replace(".block", "") for layer in layers]
     names = [result["row"]["name"][:14] for result in alike]
@@ -618,14 +598,18 @@ def main(s):
     torch.backends.cudnn.allow_tf32 = False  # Table 2: FP32, on any GPU
     skipped = {}
     some = itertools.islice(read_pictures(s, skipped), max(1, s.latents))
-    pictures = [losses.from_uint8(x[None].to(device)) for _, x in some]
+    pictures = [losses.from_uint8(x.to(device)) for x in some]
     if not pictures:
         data.stop(f"no picture in {s.images or run / 'data' / 'val'} could be read")
     results = [evaluate(spec, s, device, perceptual, pictures, skipped) for spec in specs]
     for name, error in skipped.items():
         print(f"passed over {name}: {error}", file=sys.stderr)
     rows = [result["row"] for result in results]
-    write_report(run, rows, protocol(s, rows[0]["pictures"], len(skipped), device))
+    made = protocol(s, rows[0]["pictures"], len(skipped), device)
+    text = table(rows, made) + "".join(latent_lines(row) for row in rows if "latents" in row)
+    print(text)
+    data.write_text(run / "eval.md", text)
+    data.write_text(run / "eval.json", json.dumps({"protocol": made, "rows": rows}, indent=1))
     draw_comparison(run / "eval.png", results)
     with_latents = [result for result in results if "norms" in result]
     if with_latents:

@@ -711,13 +711,9 @@ def train(s, out, vae, vae_parent, folder, device, file):
     forward = torch.compile(net) if s.compile else net
 
     judge = Judge(s, device)
-    data.listen()  # before loader processes start: from then on Ctrl-C reaches them too
     # Another length of prompts would be compiled anew.
     padded = functools.partial(collate, length=s.text_length if s.compile else 0)
-    loader = iter(DataLoader(Examples(folder, s), batch_sampler=data.positions(s, step),
-                             collate_fn=padded, num_workers=data.loader_workers(s, device),
-                             pin_memory=device.type == "cuda", worker_init_fn=data.ignore_signals))
-    bar = tqdm(total=s.steps, initial=step, unit="step", desc=stage, disable=rank > 0, **data.BAR)
+    loader, bar = data.begin(Examples(folder, s), s, stage, step, device, padded)
     clock = time.time()
     since = step
     for step in range(step + 1, s.steps + 1):

@@ -270,7 +270,7 @@ def train_04(before_step, steps, a, run):
     handlers = [signal.getsignal(number) for number in numbers]
     bar = partial(training.tqdm, file=silent)
     with (mock.patch.object(training, "train_step", train_step),
-          mock.patch.object(training, "tqdm", bar),
+          mock.patch.object(training, "tqdm", bar), mock.patch.object(data, "tqdm", bar),
           mock.patch.object(losses, "Perceptual", our_perceptual),
           contextlib.redirect_stdout(silent)):
         try:
