@@ -174,9 +174,8 @@ class Level(nn.Module):
     """ResNet blocks of one resolution, each followed by attention where the level has some."""
     def __init__(self, c_in, c_out, blocks, attention, norm, a):
         super().__init__()
-        widths = [c_in] + [c_out] * blocks
-        self.block = nn.ModuleList(
-            ResBlock(before, after, norm, a) for before, after in zip(widths, widths[1:]))
+        widths = itertools.pairwise([c_in] + [c_out] * blocks)
+        self.block = nn.ModuleList(ResBlock(*pair, norm, a) for pair in widths)
         attentions = blocks if attention else 0
         self.attn = nn.ModuleList(AttnBlock(c_out, norm, a) for _ in range(attentions))
 
@@ -205,8 +204,8 @@ class Encoder(nn.Module):
         for i, (c_in, c_out) in enumerate(zip([a.width] + widths, widths)):
             attention = i in a.attention_levels
             self.down.append(Level(c_in, c_out, a.res_blocks, attention, GroupNorm, a))
-            if i < len(widths) - 1:
-                self.down[i].downsample = Downsample(c_out, a)
+            last = i == len(widths) - 1
+            self.down[i].downsample = nn.Identity() if last else Downsample(c_out, a)
         self.mid = middle(widths[-1], GroupNorm, a)
         self.norm_out = GroupNorm(widths[-1], a)
         moments = a.latent_channels * (2 if a.double_z else 1)
@@ -215,9 +214,7 @@ class Encoder(nn.Module):
     def forward(self, x):  # (b, 3, h, w)
         x = self.conv_in(x)  # (b, width, h, w)
         for level in self.down:
-            x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)  # half the height and width
+            x = level.downsample(level(x))  # half the height and width, but for the last
         for block in self.mid.values():
             x = block(x)
         return self.conv_out(norm_swish(self.norm_out, x))  # (b, 2k, h/f, w/f)
@@ -234,8 +231,7 @@ class Decoder(nn.Module):
         for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
             attention = i in a.attention_levels
             self.up.append(Level(c_in, c_out, a.res_blocks + 1, attention, norm, a))
-            if i > 0:
-                self.up[i].upsample = Upsample(c_out, a)
+            self.up[i].upsample = Upsample(c_out, a) if i > 0 else nn.Identity()
         self.norm_out = norm(widths[0], a)
         self.conv_out = Conv3x3(widths[0], 3, a)
 
@@ -244,9 +240,7 @@ class Decoder(nn.Module):
         for block in self.mid.values():
             x = block(x, z)
         for level in reversed(self.up):
-            x = level(x, z)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)  # twice the height and width
+            x = level.upsample(level(x, z))  # twice the height and width, but for the last
         return self.conv_out(norm_swish(self.norm_out, x, z))  # (b, 3, h, w)
 
 
@@ -299,8 +293,7 @@ class VAE(nn.Module):
         if self.architecture.quant_conv:
             moments = self.quant_conv(moments)
         if self.architecture.double_z:
-            mu, logvar = moments.chunk(2, dim=1)
-            return Posterior(mu, logvar)
+            return Posterior(*moments.chunk(2, dim=1))
         if self.architecture.codebook:
             moments = self.nearest_codes(moments)
         return Posterior(moments, torch.full_like(moments, -30.0))  # sigma 3e-7: no noise
@@ -377,13 +370,14 @@ def orthogonal(g):
     return x.mT if tall else x
 
 
-def make_optimizers(weights, matrices, muon_lr, adam):
-    """{name in the checkpoint: optimizer}: Muon for `matrices`; for the rest `adam`, a function of
-    weights."""
+def make_optimizers(weights, inside, s, adam):
+    """{name in the checkpoint: optimizer}: with --optimizer muon, Muon for the matrices among the
+    weights `inside`; for the rest `adam`, a function of weights."""
+    matrices = [w for w in inside if s.optimizer == "muon" and w.ndim > 1]
     taken = set(matrices)
     optimizers = {"optimizer": adam([w for w in weights if w not in taken])}
     if matrices:
-        optimizers["muon_optimizer"] = Muon(matrices, muon_lr)
+        optimizers["muon_optimizer"] = Muon(matrices, s.muon_lr)
     return optimizers
 
 
@@ -445,14 +439,17 @@ def load_vae(path, device="cpu", peer=None):
 
     weights, inside = peer_weights(file, path)
     vae = build(infer_architecture(weights, path))
-    load_peer(vae, weights, path)
+    try:
+        vae.load_state_dict(weights)  # every key must be accounted for
+    except RuntimeError as error:
+        data.stop(f"{path} does not fit: {' '.join(str(error).split())}")
     k = vae.architecture.latent_channels
     peer = peer or inside
-    if peer and (peer not in PEERS or PEERS[peer][0] != k):
-        data.stop(f"peer {peer!r} is not a model with {k} latent channels: known are "
-                  f"{', '.join(PEERS)}")
     if peer:
-        _, scale, shift = PEERS[peer]
+        channels, scale, shift = PEERS.get(peer, (0, 0, 0))
+        if channels != k:
+            data.stop(f"peer {peer!r} is not a model with {k} latent channels: known are "
+                      f"{', '.join(PEERS)}")
         vae.latent_mean = torch.full((k,), shift, device=device)
         vae.latent_std = torch.full((k,), 1 / scale, device=device)
     return vae.to(device).eval()
@@ -477,31 +474,16 @@ def peer_weights(file, path):
                 prefix = start
     weights = {}
     for key, w in file.items():
-        if not key.startswith(prefix):  # the rest of a whole model
-            continue
+        own = key.startswith(prefix) and torch.is_tensor(w)  # not the rest of a whole model
         key = key.removeprefix(prefix)
         # Trainers leave more beside the network: losses with their discriminator, EMA shadows.
-        if torch.is_tensor(w) and not key.startswith(("loss.", "model_ema.", "ema_")):
+        if own and not key.startswith(("loss.", "model_ema.", "ema_")):
+            # Newer files keep the 1x1 convolutions of attention as matrices.
+            if w.ndim == 2 and key != "quantize.embedding.weight":
+                w = w[..., None, None]
             # Kandinsky 3 wraps the encoder's norms.
             weights[re.sub(r"^(encoder\..*)\.norm_layer\.", r"\1.", key)] = w
     return weights, inside
-
-
-def load_peer(vae, weights, path):
-    """Load a peer's weights into a VAE of its shape; every key must be accounted for."""
-    expected = vae.state_dict()
-    for key, w in weights.items():
-        # Newer files keep the 1x1 convolutions of attention as matrices.
-        if w.ndim == 2 and key in expected and expected[key].ndim == 4:
-            weights[key] = w[..., None, None]
-    both = expected.keys() & weights.keys()
-    wrong = {"missing": expected.keys() - weights.keys(),
-             "unexpected": weights.keys() - expected.keys(),
-             "of another shape": {key for key in both if expected[key].shape != weights[key].shape}}
-    wrong = [f"{kind}: {', '.join(sorted(keys))}" for kind, keys in wrong.items() if keys]
-    if wrong:
-        data.stop(f"{path} does not fit: {'; '.join(wrong)}")
-    vae.load_state_dict({key: w.float() for key, w in weights.items()})
 
 
 def infer_architecture(weights, path):
@@ -683,7 +665,7 @@ def let_denoise(vae, unet):
 
 def describe(vae, size):
     """Rows (layer, output shape, parameters, multiply-adds) from input to output for one picture
-    of size x size. The network must be on the meta device, and keeps the plain forms."""
+    of size x size. The network must be on the meta device, and keeps hooks and the plain forms."""
     rows = []
     seen = {}
     ends = r"(encoder|decoder)\.(conv_in|norm_out|conv_out)|(post_)?quant_conv"
@@ -691,19 +673,15 @@ def describe(vae, size):
     def remember(name, module, inputs, out):
         seen[name] = (tuple(out.shape), module)
 
-    hooks = []
     for name, module in vae.named_modules():
         block = isinstance(module, (ResBlock, AttnBlock, Downsample, Upsample))
         if block or re.fullmatch(ends, name):
-            hook = functools.partial(remember, name)
-            hooks.append(module.register_forward_hook(hook))
+            module.register_forward_hook(functools.partial(remember, name))
     k = vae.architecture.latent_channels
     side = size // vae.factor
     set_fast(vae, False)  # so that the hooks see every norm
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         vae(torch.zeros(1, 3, size, size), torch.zeros(1, k, side, side))
-    for hook in hooks:
-        hook.remove()
     flops = counter.get_flop_counts()
     for name, (shape, module) in seen.items():
         rows.append((name, shape, count(module), sum(flops.get(f"VAE.{name}", {}).values()) // 2))
@@ -713,13 +691,12 @@ def describe(vae, size):
 def receptive_field(part):
     """Side of the square of an Encoder's or Decoder's input that one output position sees through
     its convolutions alone, in the input's own positions."""
-    decoder = isinstance(part, Decoder)
-    middle_blocks = list(part.mid.values())
-    levels = list(part.up[::-1]) if decoder else list(part.down)
-    blocks = middle_blocks + levels if decoder else levels + middle_blocks
+    blocks = part.children()  # in the order in which they run
+    if isinstance(part, Decoder):
+        blocks = [part.conv_in, part.mid, *reversed(part.up), part.conv_out]
     field = 1.0
     step = 1.0  # input positions between neighbors at this depth
-    for block in [part.conv_in, *blocks, part.conv_out]:
+    for block in blocks:
         for module in block.modules():
             if isinstance(module, Upsample):
                 step /= 2
@@ -733,17 +710,17 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def main(settings):
+def main(s):
     with torch.device("meta"):
-        vae = build(settings)
+        vae = build(s)
     totals = {"parameters": count(vae), "encoder": count(vae.encoder),
               "decoder": count(vae.decoder), "tensors": len(vae.state_dict())}
-    if settings.dry_run:
-        return data.print_settings(settings, **totals)
+    if s.dry_run:
+        return data.print_settings(s, **totals)
     try:
-        rows = describe(vae, settings.size)
+        rows = describe(vae, s.size)
     except ValueError as error:
-        data.stop(f"--size {settings.size}: {error}")
+        data.stop(f"--size {s.size}: {error}")
     print(f"{'layer':28}{'output shape':>22}{'parameters':>14}{'multiply-adds':>18}")
     for name, shape, parameters, products in rows:
         shape = " x ".join(map(str, shape[1:]))
@@ -756,7 +733,6 @@ def main(settings):
     print(f"receptive field of the convolutions: a latent sees {encoder:.0f} x {encoder:.0f} "
           f"pixels, a pixel {decoder:.1f} x {decoder:.1f} latents; the attention in mid sees all "
           "of the picture")
-    return rows
 
 
 # ---------------- the same, faster

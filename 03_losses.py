@@ -130,10 +130,9 @@ class Perceptual(nn.Module):  # Eq. 6
                 self.lpips = lpips.LPIPS(net=net if trained else "alex", lpips=trained,
                                          pretrained=trained, pnet_rand=not trained, verbose=False)
             except Exception as error:  # no network, a cut-off file: many kinds
-                url = f"https://download.pytorch.org/models/{files.get(net)}"
-                folder = f"{torch.hub.get_dir()}/checkpoints"
-                data.stop(f"LPIPS needs {files.get(net)} ({type(error).__name__}): put {url} into "
-                          f"{folder}, or set TORCH_HOME, or choose another --perceptual-net")
+                data.stop(f"LPIPS needs https://download.pytorch.org/models/{files.get(net)} "
+                          f"({type(error).__name__}): put it into {torch.hub.get_dir()}/checkpoints"
+                          ", or set TORCH_HOME, or choose another --perceptual-net")
         self.requires_grad_(False)
 
     @staticmethod
@@ -224,9 +223,10 @@ def tint(x, strength):
 
 def grid(x, strength):
     """Grid: lines with the period of a latent, 8 pixels (Fig. 2c)."""
-    rows = torch.arange(x.shape[2], device=x.device) % 8 == 0
-    columns = torch.arange(x.shape[3], device=x.device) % 8 == 0
-    return x - strength * 0.5 * (rows[:, None] | columns).to(x)
+    lines = torch.zeros_like(x)
+    lines[:, :, ::8] = 1
+    lines[..., ::8] = 1
+    return x - strength * 0.5 * lines
 
 
 def blur(x, strength):
@@ -236,11 +236,11 @@ def blur(x, strength):
     return gaussian_blur(x, [19, 19], [3.0 * strength, 3.0 * strength])
 
 
-def border(x, strength, frame=16):
-    """Corner artifact: a frame of blur, `frame` pixels wide (Fig. 2e); darker too, to be seen."""
+def border(x, strength):
+    """Corner artifact: a frame of blur, 16 pixels wide (Fig. 2e); darker too, to be seen."""
     rows = distance_to_ends(x.shape[2])
     columns = distance_to_ends(x.shape[3])
-    mask = (1 - torch.minimum(rows[:, None], columns) / frame).clamp(min=0).to(x)
+    mask = (1 - torch.minimum(rows[:, None], columns) / 16).clamp(min=0).to(x)
     return x + strength * mask * (gaussian_blur(x, [31, 31], [8.0, 8.0]) - 0.5 - x)
 
 
@@ -249,10 +249,10 @@ def distance_to_ends(n):
     return torch.minimum(torch.arange(n), torch.arange(n - 1, -1, -1))
 
 
-def droplet(x, strength, seed=0):
+def droplet(x, strength):
     """Droplet: isolated bright spots, where activations grew too large (Fig. 2f and 3)."""
     b, _, h, w = x.shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     centers = torch.rand(b, 3, 2, generator=generator).to(x) * 0.8 + 0.1  # three per picture
     dy = torch.arange(h, device=x.device) - centers[..., :1] * h  # (b, 3, h)
     dx = torch.arange(w, device=x.device) - centers[..., 1:] * w  # (b, 3, w)
@@ -304,10 +304,10 @@ def free_bits(mu, logvar, nats):  # Kingma et al., 2016: max(nats, KL) for each 
 
 # ---------------- the neighbors: Variance Expansion in the plane (its Fig. 1, Appendix C)
 
-def tree(seed=0):
+def tree():
     """A distribution in the plane: a branch is eight Gaussians in a row; it splits in two, six
     times. Mean 0, deviation 0.5 along each axis."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     means = []
     spreads = []
     weights = []
@@ -348,7 +348,6 @@ def mlp(inputs, outputs, width):
 
 def fit(parameters, loss, s):
     """Minimize loss() with Adam, the rate falling to 0."""
-    parameters = list(parameters)
     optimizer = torch.optim.Adam(parameters, lr=s.toy_lr)
     for step in range(1, s.toy_steps + 1):
         model.set_rates([optimizer], model.rate_factor(step, s.toy_steps, 1.0))
@@ -399,8 +398,8 @@ def density(points, side=256):
     reach = 1.2 * (points - middle).abs().quantile(0.995)
     place = ((points - middle) / reach + 1) * side / 2  # 0..side inside
     place = place[((place >= 0) & (place < side)).all(1)].long()
-    count = torch.zeros(side * side)
-    count.index_add_(0, (side - 1 - place[:, 1]) * side + place[:, 0], torch.ones(len(place)))
+    pixel = (side - 1 - place[:, 1]) * side + place[:, 0]
+    count = torch.bincount(pixel, minlength=side * side).float()
     dark = (count / count.quantile(0.999).clamp(min=1)).clamp(max=1).sqrt()
     return (255 * (1 - dark)).byte().view(1, side, side).expand(3, -1, -1)
 
@@ -441,58 +440,55 @@ def toy(s):
 
 # ---------------- main
 
-def train_discriminator(disc, x, settings):
+def train_discriminator(disc, x, s):
     """Train briefly on all artifacts: a discriminator knows only what it has been shown."""
     optimizer = torch.optim.Adam(disc.parameters(), lr=1e-3, betas=(0.5, 0.9))
-    for step in range(settings.steps):
+    for step in range(s.steps):
         strength = STRENGTHS[step % 3]
         damaged = [artifact(x[i::5], strength) for i, artifact in enumerate(ARTIFACTS.values())]
-        loss = discriminator_loss(disc(x), disc(torch.cat(damaged)), settings.gan_loss)
+        loss = discriminator_loss(disc(x), disc(torch.cat(damaged)), s.gan_loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def main(settings):
-    torch.manual_seed(settings.seed)
-    disc = Discriminator(settings.disc_width, settings.disc_layers)
-    if settings.dry_run:
-        return data.print_settings(settings, discriminator=model.count(disc))
-    device = data.pick_device(settings.device)
-    if settings.toy:
+def main(s):
+    torch.manual_seed(s.seed)
+    disc = Discriminator(s.disc_width, s.disc_layers)
+    if s.dry_run:
+        return data.print_settings(s, discriminator=model.count(disc))
+    device = data.pick_device(s.device)
+    if s.toy:
         with device:
-            return toy(settings)
-    x = from_uint8(data.val_crops(settings.run, settings.crop, 16).to(device))
-    perceptual = Perceptual(settings.perceptual_net).to(device)
-    if settings.perceptual_net == "untrained":
+            return toy(s)
+    x = from_uint8(data.val_crops(s.run, s.crop, 16).to(device))
+    perceptual = Perceptual(s.perceptual_net).to(device)
+    if s.perceptual_net == "untrained":
         print("perceptual: a distance of features of an untrained AlexNet, not LPIPS")
     disc = disc.to(device)
-    train_discriminator(disc, x, settings)
+    train_discriminator(disc, x, s)
 
     print(f"each term times its weight in Eq. 7, on {len(x)} validation pictures; the "
           "adversarial term less its value on intact pictures;\n"
-          f"KL ({settings.lambda_kl:g}) looks at latents and says nothing about a picture\n")
+          f"KL ({s.lambda_kl:g}) looks at latents and says nothing about a picture\n")
     print(f"{'artifact':14}{'strength':>9}{'L2':>12}{'perceptual':>12}{'adversarial':>12}"
           f"{'PSNR, dB':>10}")
-    rows = {}
     tiles = []
     with torch.no_grad():
-        clean = adversarial_loss(disc(x), settings.gan_loss)
+        clean = adversarial_loss(disc(x), s.gan_loss)
         for name, artifact in ARTIFACTS.items():
             tiles.append(to_uint8(x[0]))
             for strength in STRENGTHS:
                 y = artifact(x, strength)
-                recon = settings.lambda_recon * recon_loss(x, y).item()
-                perc = settings.lambda_perc * perceptual(x, y).item()
-                adv = adversarial_loss(disc(y), settings.gan_loss) - clean
-                adv = settings.lambda_adv * adv.item()
-                rows[name, strength] = (recon, perc, adv)
+                recon = s.lambda_recon * recon_loss(x, y).item()
+                perc = s.lambda_perc * perceptual(x, y).item()
+                adv = adversarial_loss(disc(y), s.gan_loss) - clean
+                adv = s.lambda_adv * adv.item()
                 print(f"{name:14}{strength:9.2f}{recon:12.5f}{perc:12.5f}{adv:12.5f}"
                       f"{psnr(x, y).mean():10.2f}")
                 tiles.append(to_uint8(y[0]))
     titles = ["original"] + [f"strength {strength:g}" for strength in STRENGTHS]
-    data.save_sheet(Path(settings.run, "artifacts.png"), tiles, 4, titles, rows=list(ARTIFACTS))
-    return rows
+    data.save_sheet(Path(s.run, "artifacts.png"), tiles, 4, titles, rows=list(ARTIFACTS))
 
 
 if __name__ == "__main__":

@@ -125,13 +125,11 @@ def train_step(parts, vae, disc, perceptual, optimizers, s, add=add_gradients):
 
 # ---------------- the loop
 
-def train(s, stage, out, vae, disc, made_from, file, latents=None,
-          add=add_gradients, more_noise=()):
+def train(s, stage, out, vae, disc, made_from, file, add=add_gradients, more_noise=()):
     """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
 
-    file: what an interrupted run left in `out`, or None. latents: their (mean, std), or None: they
-    are measured at the end. add: add_gradients, or 05's own; more_noise: the shapes of the noise
-    that it takes besides.
+    file: what an interrupted run left in `out`, or None. add: add_gradients, or 05's own;
+    more_noise: the shapes of the noise that it takes besides.
     """
     rank, _ = data.processes()
     if file and file["step"] == s.steps and file["latent_mean"] is not None:
@@ -200,7 +198,9 @@ def train(s, stage, out, vae, disc, made_from, file, latents=None,
     bar.close()
     data.stop_listening()
     if rank == 0:
-        mean, std = latents or latent_statistics(ema, crops, s, device)
+        mean, std = vae.latent_mean, vae.latent_std  # 05 leaves them as they are
+        if mean is None:
+            mean, std = latent_statistics(ema, crops, s, device)
         data.save_state(out, state, step=step, latent_mean=mean, latent_std=std, **about)
         print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to "
               f"{std.max():.3f} over {len(std)} channels")
@@ -210,8 +210,7 @@ def both_optimizers(trained, disc, device, s):
     # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = functools.partial(torch.optim.Adam, lr=s.lr, betas=(s.beta1, s.beta2),
                              fused=device.type in ("cuda", "cpu"))
-    matrices = [p for p in trained if s.optimizer == "muon" and p.ndim > 1]
-    optimizers = model.make_optimizers(trained, matrices, s.muon_lr, adam)
+    optimizers = model.make_optimizers(trained, trained, s, adam)
     optimizers["disc_optimizer"] = adam(disc.parameters())
     return optimizers
 
@@ -323,7 +322,6 @@ def main(s):
     disc = losses.Discriminator(s.disc_width, s.disc_layers).to(device)
     train(s, stage, out, vae, disc, made_from, file)
     data.finish()
-    return out
 
 
 if __name__ == "__main__":

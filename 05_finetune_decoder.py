@@ -67,27 +67,21 @@ def freeze_encoder(vae, trained=("decoder.", "post_quant_conv.")):
     return vae
 
 
-def discriminator_in(source):
-    """A file's discriminator, None for a peer's. Stops where the file's training is not over."""
+def load_discriminator(disc, source, s):
+    """Our own discriminator goes on; a peer's file has none, so a new one learns from step 1, and
+    so does a pair's. Stops where the file's training is not over."""
     file = data.read_checkpoint(source)
-    weights = file.get("disc")
-    if not isinstance(weights, dict):
-        return None
+    if "disc" not in file:
+        return
     if file["latent_mean"] is None:
         data.stop(f"{source} is at step {file['step']} of its training: run {file['stage']}.py to "
                   "its end first")
-    return weights
-
-
-def load_discriminator(disc, weights, source, s):
-    """Our own discriminator goes on; a peer's file has none, so a new one learns from step 1."""
-    if weights is None:
-        return
-    expected = {name: w.shape for name, w in disc.state_dict().items()}
-    if {name: w.shape for name, w in weights.items()} != expected:
-        data.stop(f"{source} has a discriminator of other --disc-width or --disc-layers than "
-                  f"{s.disc_width} and {s.disc_layers}")
-    disc.load_state_dict(weights)
+    if s.decoder == "plain":
+        try:
+            disc.load_state_dict(file["disc"])
+        except RuntimeError:
+            data.stop(f"{source} has a discriminator of other --disc-width or --disc-layers than "
+                      f"{s.disc_width} and {s.disc_layers}")
 
 
 # ---------------- the neighbors: a decoder that denoises
@@ -121,7 +115,7 @@ def denoising_gradients(x, noise, eps, u, vae, disc, perceptual, trained, judgin
     recon = (v - (eps - y)).square().mean()  # E, Eq. 9
     adv = F.softplus(-fake).mean()  # E, Eq. 12 for the decoder, non-saturating: -log D
     perc = perceptual(x, x_hat)
-    total = s.lambda_recon * recon + s.lambda_adv * adv + s.lambda_perc * perc
+    total = losses.total_loss(0.0, recon, adv, perc, s)
     (share * total).backward(inputs=trained)
     return dict(total=total, recon=recon, adv=adv, perc=perc, r1=r1,
                 disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
@@ -172,7 +166,9 @@ def main(s):
     if isinstance(vae.decoder, model.DenoisingDecoder):
         data.stop(f"{source} has a denoising decoder: start from the file that it was made from")
     torch.manual_seed(s.seed)  # what is new starts alike in all processes
+    variant = {}
     if denoising:
+        variant = dict(add=denoising_gradients, more_noise=[(3, s.crop, s.crop), (1, 1, 1)])
         vae = freeze_encoder(model.let_denoise(vae, s.unet), trained="decoder.")
         disc = PairDiscriminator(s.disc_width, s.disc_layers)
     else:
@@ -183,19 +179,9 @@ def main(s):
     made_from = data.parent(source)
     device = data.start(s)
     file = data.resume(s, stage, out, made_from, free={"val_pictures", "vae"})
-    weights = discriminator_in(source)  # stops too where 04 is not at its end
-    latents = None
-    if vae.latent_mean is not None:
-        latents = (vae.latent_mean, vae.latent_std)
-    variant = {}
-    if denoising:
-        variant = dict(add=denoising_gradients, more_noise=[(3, s.crop, s.crop), (1, 1, 1)])
-    else:
-        load_discriminator(disc, weights, source, s)
-    training.train(s, stage, out, vae.to(device), disc.to(device), made_from, file, latents,
-                   **variant)
+    load_discriminator(disc, source, s)
+    training.train(s, stage, out, vae.to(device), disc.to(device), made_from, file, **variant)
     data.finish()
-    return out
 
 
 if __name__ == "__main__":

@@ -267,14 +267,14 @@ class DiT(nn.Module):
         p = self.a.patch
         rows = x.shape[2] // p
         columns = x.shape[3] // p
-        row = torch.arange(rows, dtype=torch.float32, device=x.device)
-        row = row.repeat_interleave(columns)  # (n,)
-        column = torch.arange(columns, dtype=torch.float32, device=x.device).repeat(rows)
+        place = torch.arange(rows * columns, device=x.device)  # (n,)
+        row = place // columns
+        column = place % columns
         turn = turns(self.a.head_axes, 0 * row, row, column)  # a picture is frame 0
         x = self.patches(to_patches(x, p))  # (b, n, d)
         if self.a.absolute:
-            wave = torch.cat([model.angles(v, self.a.width // 4) for v in (row, column)], 1)
-            x = x + torch.cat([wave.cos(), wave.sin()], 1)
+            half = self.a.width // 2
+            x = x + torch.cat(turns((half, half), row, column), 1)
         for block in self.blocks:
             x = self.through(block, x, c, turn, None, text, mask)
 
@@ -484,12 +484,11 @@ def encode_once(a, prompts, device):
 def pad(pairs, length=0, device="cpu"):
     """Encoded prompts as a batch: tokens (b, l, .), mask (b, l), pooled (b, .), with l that of the
     longest, or `length`."""
-    tokens = nn.utils.rnn.pad_sequence([tokens for tokens, _ in pairs], batch_first=True)
+    own, pooled = zip(*pairs)
+    tokens = nn.utils.rnn.pad_sequence(own, batch_first=True)
     tokens = F.pad(tokens, (0, 0, 0, max(0, length - tokens.shape[1])))
-    lengths = torch.tensor([len(tokens) for tokens, _ in pairs])
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    pooled = torch.stack([pooled for _, pooled in pairs])
-    return tokens.to(device), mask.to(device), pooled.to(device)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([*map(len, own)])[:, None]
+    return tokens.to(device), mask.to(device), torch.stack(pooled).to(device)
 
 
 # ---------------- latents, once
@@ -523,20 +522,12 @@ def is_scenes(s):
     return settings["images"] == "synthetic"
 
 
-class Squares(Dataset):
-    """Training pictures of these file names, uint8 (3, size, size)."""
-    def __init__(self, names, s):
-        self.names = names
-        self.folder = Path(s.run, "data", "train")
-        self.size = s.size
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
-        x = data.resize_shorter(data.read_picture(self.folder, self.names[i]), self.size)
-        return data.center_crop(x, self.size)
+def read_squares(s, names):
+    """Training pictures of these file names, uint8 (b, 3, size, size)."""
+    pictures = [data.read_picture(Path(s.run, "data", "train"), name) for name in names]
+    # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
+    resized = [data.resize_shorter(x, s.size) for x in pictures]
+    return torch.stack([data.center_crop(x, s.size) for x in resized])
 
 
 def own_files(s, folder):
@@ -570,20 +561,21 @@ def cache(s, vae, vae_parent, device):
 def make_files(s, vae, encode, folder, device):
     """Encode the pictures and prompts of this process's files."""
     bar = tqdm(unit="picture", desc="latents", disable=data.processes()[0] > 0, **data.BAR)
+    read = functools.partial(read_squares, s)
+    workers = data.loader_workers(s, device)
     for path, number, pictures in own_files(s, folder):
-        squares = Squares([name for name, _ in pictures], s)
+        names, texts = zip(*pictures)
         latents = []
-        for x in DataLoader(squares, ENCODED_AT_ONCE, num_workers=data.loader_workers(s, device)):
+        for x in DataLoader(names, ENCODED_AT_ONCE, collate_fn=read, num_workers=workers):
             x = losses.from_uint8(x.to(device))  # (b, 3, size, size)
             latents.append(encode_views(x, vae, number, s))
             number += len(x)
             bar.update(len(x) * data.processes()[1])
-        pairs = encode(["", *(text for _, text in pictures)])
+        tokens, pooled = zip(*encode(["", *texts]))
         # Prompt i has tokens[bounds[i]:bounds[i + 1]]; the empty prompt stands first.
-        bounds = torch.tensor([0, *(len(tokens) for tokens, _ in pairs)]).cumsum(0)
+        bounds = torch.tensor([0, *map(len, tokens)]).cumsum(0)
         data.save_checkpoint(path, latents=torch.cat(latents), bounds=bounds,
-                             tokens=torch.cat([tokens for tokens, _ in pairs]),
-                             pooled=torch.stack([pooled for _, pooled in pairs]))
+                             tokens=torch.cat(tokens), pooled=torch.stack(pooled))
     bar.close()
 
 
@@ -595,10 +587,8 @@ def encode_views(x, vae, number, s):
     for flipped in range(1 + s.flip):
         q = vae.encode(x.flip(-1) if flipped else x)
         # not in the paper: one sample of the posterior, not a new one each time it is seen
-        noise = []
-        for i in range(number, number + len(x)):
-            generator = data.generator(s.seed, "latent", i, flipped)
-            noise.append(torch.randn(q.mu.shape[1:], generator=generator))
+        keys = [(s.seed, "latent", number + i, flipped) for i in range(len(x))]
+        noise = [torch.randn(q.mu.shape[1:], generator=data.generator(*key)) for key in keys]
         z = q.sample(torch.stack(noise).to(x.device))  # (b, k, h, w)
         views.append(vae.normalize(z).half().cpu())
     return torch.stack(views, 1)
@@ -636,13 +626,12 @@ class Examples(Dataset):
         self.files = sorted(Path(folder).glob("*.pt"))
         last = read_latents(self.files[-1])
         self.pictures = (len(self.files) - 1) * PER_FILE + len(last["latents"])
-        self.views = 1 + s.flip
         self.s = s
 
     def __getitem__(self, number):
         generator = data.generator(self.s.seed, number)
         i = int(torch.randint(self.pictures, (), generator=generator))
-        flipped = int(torch.randint(self.views, (), generator=generator))
+        flipped = int(torch.randint(1 + self.s.flip, (), generator=generator))
         file = read_latents(self.files[i // PER_FILE])
         place = i % PER_FILE
         x = file["latents"][place, flipped].float()  # (k, h, w)
@@ -693,14 +682,11 @@ def train(s, out, vae, vae_parent, folder, device, file):
     net = build(s).to(device)
     net.checkpointing = s.checkpointing
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    matrices = []
-    if s.optimizer == "muon":
-        inside = (*net.refiner.parameters(), *net.blocks.parameters())
-        matrices = [p for p in inside if p.ndim > 1]
+    inside = [*net.refiner.parameters(), *net.blocks.parameters()]
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
                               weight_decay=s.weight_decay,  # Table 4
                               fused=device.type in ("cuda", "cpu"))
-    optimizers = model.make_optimizers(net.parameters(), matrices, s.muon_lr, adamw)
+    optimizers = model.make_optimizers(net.parameters(), inside, s, adamw)
     state = dict(model=net, ema=ema, **optimizers)
     step = data.load_state(file, state)
     window = torch.zeros(2, 4, device=device)
@@ -763,10 +749,11 @@ def train(s, out, vae, vae_parent, folder, device, file):
 
 def log_entry(stage, step, window, norm, rate):
     sums, counts = window.tolist()
-    entry = dict(stage=stage, step=step, loss=sum(sums) / sum(counts), grad=norm.item())
+    entry = dict(stage=stage, step=step, loss=sum(sums) / sum(counts), grad=norm.item(),
+                 pictures_per_second=rate)
     for i in range(4):
         entry[f"loss_t{i}"] = sums[i] / counts[i] if counts[i] else None
-    return entry | dict(pictures_per_second=rate)
+    return entry
 
 
 def status(e, steps):
@@ -914,16 +901,15 @@ def main_sample(s):
     device = data.pick_device(s.device)
     file = data.read_checkpoint(path, ("07_train_dit",), "run 07_train_dit.py without --sample")
     made_from = file["parent"]
-    candidates = [Path(made_from["path"]), path.parent / Path(made_from["path"]).name]
-    if s.vae:
-        candidates = [Path(s.vae)]
-    there = [candidate for candidate in candidates if candidate.is_file()]
-    if not there:
-        data.stop(f"{candidates[0]}, the VAE that {path} was trained on, is gone: give --vae FILE")
-    if data.parent(there[0])["sha256"] != made_from["sha256"]:
-        data.stop(f"{there[0]} is not the VAE of {path}: it has another hash")
+    vae_path = Path(s.vae or made_from["path"])
+    if not s.vae and not vae_path.is_file():
+        vae_path = path.with_name(vae_path.name)
+    if not vae_path.is_file():
+        data.stop(f"{vae_path}, the VAE that {path} was trained on, is gone: give --vae FILE")
+    if data.parent(vae_path)["sha256"] != made_from["sha256"]:
+        data.stop(f"{vae_path} is not the VAE of {path}: it has another hash")
     trained = file["settings"]
-    vae = model.load_vae(there[0], device, trained["peer"])
+    vae = model.load_vae(vae_path, device, trained["peer"])
     a = Network(**data.with_tuples(file["architecture"]))
     net = build(a).to(device).eval()
     net.load_state_dict(file["ema"])
@@ -954,9 +940,9 @@ def main(s):
     if vae.latent_mean is None:
         data.stop(f"{vae_path} has no mean and deviation of its latents: run the stage that made "
                   "it to its end, or say whose it is with --peer")
-    if len(vae.latent_mean) != s.latent_channels:
-        data.stop(f"{vae_path} has {len(vae.latent_mean)} latent channels: give "
-                  f"--latent-channels {len(vae.latent_mean)}")
+    k = len(vae.latent_mean)
+    if k != s.latent_channels:
+        data.stop(f"{vae_path} has {k} latent channels: give --latent-channels {k}")
     if not vae.takes(s.size) or s.size // vae.factor % s.patch:
         data.stop(f"--size {s.size} must be a multiple of {vae.factor * s.patch}, from "
                   f"{vae.smallest} up")
@@ -975,7 +961,6 @@ def main(s):
     else:
         train(s, out, vae, vae_parent, folder, device, file)
     data.finish()
-    return out
 
 
 if __name__ == "__main__":

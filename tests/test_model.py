@@ -347,9 +347,9 @@ def test_every_key_is_accounted_for(model, tmp_path, capsys):
         change(contents)
         torch.save(contents, tmp_path / "x.pt")
         return refused(lambda: model.load_vae(tmp_path / "x.pt"), capsys)
-    assert "missing: decoder.mid.block_1.conv1.bias" in message(lambda f: f.pop("decoder.mid.block_1.conv1.bias"))
-    assert "unexpected: encoder.surprise" in message(lambda f: f.update({"encoder.surprise": torch.zeros(1)}))
-    assert "another shape: decoder.conv_out.bias" in message(lambda f: f.update({"decoder.conv_out.bias": torch.zeros(4)}))
+    assert "Missing key(s) in state_dict: \"decoder.mid.block_1.conv1.bias\"" in message(lambda f: f.pop("decoder.mid.block_1.conv1.bias"))
+    assert "Unexpected key(s) in state_dict: \"encoder.surprise\"" in message(lambda f: f.update({"encoder.surprise": torch.zeros(1)}))
+    assert "size mismatch for decoder.conv_out.bias" in message(lambda f: f.update({"decoder.conv_out.bias": torch.zeros(4)}))
     assert "conv_in" in message(lambda f: f.clear())
     assert "diffusers" in message(lambda f: f.update({"encoder.down_blocks.0.resnets.0.norm1.weight": torch.zeros(1)}))
 
