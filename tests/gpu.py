@@ -1,4 +1,4 @@
-"""Everything that the READMEs call "not run", for whoever has a GPU:
+"""What needs a GPU and was not run, for whoever has one:
 
     python tests/gpu.py --dry-run
     python tests/gpu.py
