@@ -65,7 +65,7 @@ class TrainingRun(Run):
     """The same for the stages that train."""
     compile: bool = False     # torch.compile the network
     log_every: int = 100      # steps between two lines of the log
-    val_every: int = 2_000    # steps between two looks at what validation pictures become
+    val_every: int = 2_000    # steps between two validations
     save_every: int = 2_000   # steps between two checkpoints
 
 
@@ -77,9 +77,9 @@ class Settings(Run):
     min_score: float = 4.5     # Sec. 5.1: keep aesthetic scores above this
     resize: int = 480          # Sec. 5.1: shorter side after the bicubic resize
     interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
-    # five pictures validate, where a folder is so small that 1% would be fewer
+    # at least five pictures (at most a quarter) validate, where a folder is small
     val_share: float = 0.01    # not in the paper: share of pictures that validate; 1% is enough
-    # a scene is as high as --min-side
+    # a scene's height is --min-side
     count: int = 10_000        # not in the paper: scenes to draw when --images is "synthetic"
     max_pixels: int = 10**8    # not in the paper: larger is rejected, as a decompression bomb
 
@@ -132,7 +132,7 @@ class Crops(Dataset):
 
 
 def center_crop(x, crop):
-    """The middle crop x crop of (..., h, w): how pictures are cropped where nothing is trained."""
+    """The middle crop x crop of (..., h, w): all but the VAE's training pictures."""
     top = (x.shape[-2] - crop) // 2
     left = (x.shape[-1] - crop) // 2
     return x[..., top:top + crop, left:left + crop]
@@ -187,7 +187,7 @@ def prepare(name, parts, s):
             raise ValueError(f"aesthetic score {score:g} is not above {s.min_score:g}")
         x, size = to_rgb(parts["picture"], s.min_side, s.max_pixels)
         x = resize_shorter(x, s.resize, InterpolationMode(s.interpolation))
-        # The split looks at the bare name alone: it never changes as a folder grows or moves.
+        # The split looks at the bare name alone: it never changes as a folder grows.
         split = "val" if name_number(name) < s.val_share else "train"
         file_name = stored_name(name)
         file = io.BytesIO()
@@ -272,7 +272,7 @@ def to_srgb(im, profile):
 
 def eight_bits(im):
     """A picture of 16 or 32 bits per value, which Pillow's own conversion would clip."""
-    values = np.asarray(im).astype(np.float32)
+    values = np.nan_to_num(np.asarray(im).astype(np.float32))
     white = 65535
     if not im.mode.startswith("I;16"):
         # These modes do not say what white is: the smallest usual one that no value exceeds.
@@ -290,6 +290,7 @@ def describe(parts):
     caption = str(meta.get("caption") or meta.get("text") or "")
     if ".txt" in parts:
         caption = parts[".txt"]().decode("utf-8-sig", "replace").strip() or caption
+    caption = caption.encode("utf-8", "replace").decode()  # JSON may hold half a character
     for key in SCORES:
         with contextlib.suppress(TypeError, ValueError):
             score = float(meta.get(key, math.nan))
@@ -317,8 +318,8 @@ class Source(IterableDataset):
 
 
 def find_units(images, own=None):
-    """Paths of pictures and .tar shards under the folder `images`, less the data and the sheets of
-    a run folder `own` that may lie among them."""
+    """Paths of pictures and .tar shards under the folder `images`, without what this run itself
+    wrote, should its folder `own` lie there."""
     root = Path(images).expanduser()
     if not root.is_dir():
         stop(f"--images {images}: no such folder")
@@ -407,6 +408,8 @@ def main(s):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         done |= {line["source"] for line in read_jsonl(path, mend=True)}
+    for split in ("train", "val"):  # until it is there again, later stages refuse the folder
+        (root / split / "index.json").unlink(missing_ok=True)
     for stale in root.rglob(".*.tmp"):  # from a run that was killed
         stale.unlink()
     workers = os.cpu_count() if s.workers < 0 else s.workers
@@ -667,7 +670,7 @@ def read_pattern(brightness, ground):
 
 
 # ================ the shelf
-# What all stages share and no reader of the method needs. Skip it on a first reading.
+# What all stages share: skip it on a first reading.
 
 NEAREST = InterpolationMode.NEAREST
 BAR = dict(dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20)  # fewer log lines
@@ -720,7 +723,7 @@ def command_line(main, Settings, presets, doc):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     except RuntimeError:
-        if not SIGNALS:  # else: the first process has saved and left
+        if not SIGNALS or processes()[0] == 0:  # else: the first process has saved and left
             raise
         raise SystemExit(128 + SIGNALS[0]) from None
 
@@ -845,7 +848,7 @@ def start(s):
     device = pick_device(s.device)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # 7 B load slowly
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # 7B load slowly
     _, world = processes()
     if min(s.accumulate, s.log_every, s.val_every, s.save_every) < 1:
         stop("--accumulate, --log-every, --val-every and --save-every must be at least 1")
@@ -873,7 +876,7 @@ def finish():
 
 
 def sum_gradients(parameters):
-    """Add gradients up over processes; the losses were divided by their number.
+    """Sum gradients over processes; each loss was divided by the number of processes.
 
     Always in this order, so that a resumed run rounds alike. (DistributedDataParallel orders its
     buckets anew after the first step.)
@@ -914,7 +917,7 @@ def positions(s, step):
 
 def generator(*key):
     """Random numbers that are a function of `key`."""
-    # Of a seed, PyTorch's CPU generator looks at 32 bits.
+    # PyTorch's CPU generator uses 32 bits of a seed.
     bits = random.Random("/".join(map(str, key))).getrandbits(32)
     return torch.Generator().manual_seed(bits)
 
@@ -933,7 +936,7 @@ def resume(s, stage, out, made_from, free=()):
             stop(f"{made_from['path']} has changed since {out} was begun: take another --run")
         if file["step"] > s.steps:
             stop(f"{out} is at step {file['step']}, beyond --steps {s.steps}")
-    # The log goes back to the checkpoint too, or lost steps would stand in it twice.
+    # Cut the log back to the checkpoint, or repeated steps would stand in it twice.
     path = Path(s.run, "log.jsonl")
     if path.exists() and processes()[0] == 0:
         last = file["step"] if file else 0
@@ -956,11 +959,11 @@ def save_state(out, state, **about):
     save_checkpoint(out, **about, **tensors)
 
 
-SIGNALS = []  # that asked this process to stop
+SIGNALS = []  # signals that asked this process to stop
 
 
 def begin(dataset, s, stage, step, device, collate_fn=None):
-    """For the steps after `step`: an iterator of their parts' items, and a bar."""
+    """A loader for the steps after `step`, one item per part of a step; and a progress bar."""
     listen()  # before loader processes start: from then on Ctrl-C reaches them too
     loader = DataLoader(dataset, batch_sampler=positions(s, step), collate_fn=collate_fn,
                         num_workers=loader_workers(s, device), pin_memory=device.type == "cuda",
@@ -973,14 +976,14 @@ def begin(dataset, s, stage, step, device, collate_fn=None):
 def listen():
     """From now on Ctrl-C and SIGTERM only fill SIGNALS, so that a step can end and be saved.
 
-    The first process alone looks at it: its weights are the others' too, and they end with it.
+    Only the first process looks there: all have the same weights, and the others end with it.
     """
     SIGNALS.clear()
     on_signals(remember)
 
 
 def stop_listening():
-    """From now on they end the process at once: nothing is left that could be lost."""
+    """From now on both end the process at once: nothing is left that could be lost."""
     on_signals(signal.default_int_handler)
 
 
@@ -995,7 +998,7 @@ def remember(number, frame):
 
 
 def ignore_signals(worker):
-    """Loader processes leave it to the main process to end: Ctrl-C reaches them too."""
+    """Ctrl-C reaches loader processes too, but the main process decides when they end."""
     on_signals(signal.SIG_IGN)
 
 

@@ -152,7 +152,6 @@ def train(s, stage, out, vae, disc, made_from, file, add=add_gradients, more_noi
     optimizers = both_optimizers(trained, disc, device, s)
     state = dict(model=vae, ema=ema, disc=disc, **optimizers)
     step = data.load_state(file, state)
-    del file  # at the paper's size, gigabytes
     about = dict(stage=stage, settings=asdict(s), architecture=asdict(vae.architecture),
                  parent=made_from)
     forward = torch.compile(model.set_fast(vae, False)) if s.compile else vae

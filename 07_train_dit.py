@@ -50,15 +50,15 @@ class Network:
     time_width: int = 512      # A.3.2: time embedding dimension d_t
     blocks: int = 32           # A.3.2: N, transformer blocks; here those with cross-attention
     refiner_blocks: int = 2    # not in the paper: as in K5
-    # values of a head that turn with frame, with row and with column; together they are the head
+    # how many values of a head turn with frame, row and column; their sum is the head's width
     head_axes: tuple[int, ...] = (16, 24, 24)  # not in the paper: as in K5
     absolute: bool = False     # not in the paper: sines of row and column added; K5 has none
     linear_guess: bool = False  # not in the paper: adds the best multiple of x_t; K5 has none
     patch: int = 2             # A.3.2: latent patch size
     latent_channels: int = model.Architecture.latent_channels  # Table 2
-    # bytes: an embedding of the prompt's bytes that is learned and needs nothing
+    # bytes: a learned embedding of the prompt's bytes; needs no download
     text_encoder: Literal["qwen-clip", "bytes"] = "qwen-clip"  # A.3.1
-    qwen: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # A.3.1; on the hub, or a folder that stays
+    qwen: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # A.3.1; a name on the hub, or a folder
     text_width: int = 3584     # A.3.1: d_Qwen
     text_length: int = 256     # A.3.1: L_Qwen, tokens of a prompt at most
     clip: str = "openai/clip-vit-large-patch14"  # not in the paper: which CLIP; K5's, 768 wide
@@ -69,7 +69,7 @@ class Network:
 @dataclass(frozen=True)
 class Settings(data.TrainingRun, Network):
     vae: str = ""              # whose latents to learn [RUN/vae_finetuned.pt, else RUN/vae.pt]
-    peer: str = ""             # whose --vae is where the file does not tell: flux, sd3, sd1, sdxl
+    peer: str = ""             # whose file --vae is, if it does not tell: flux, sd3, sd1, sdxl
     size: int = 256            # Sec. 6.3: pictures of 256 x 256
     flip: bool = True          # not in the paper: latents of mirrored pictures too
     steps: int = 130_000       # Sec. 6.3
@@ -127,8 +127,8 @@ def full_precision(x):
 
 
 def turns(axes, *positions):
-    """Cosines and sines (n, head / 2) for rotate: axes[i] values of a head turn with positions[i],
-    (n,), the places along axis i."""
+    """Cosines and sines (n, head / 2) for rotate. positions[i] (n,): each token's place on axis i,
+    with which axes[i] values of a head turn."""
     parts = [model.angles(place, size // 2) for size, place in zip(axes, positions)]
     angle = torch.cat(parts, 1)
     return angle.cos(), angle.sin()
@@ -157,7 +157,7 @@ def modulation(a, parts):
 
 # not in the paper: RMSNorm on queries and keys, and rotary positions; as in K5
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm on queries and keys."""
+    """Multi-head attention."""
     def __init__(self, a):
         super().__init__()
         self.head = sum(a.head_axes)
@@ -230,10 +230,10 @@ class Bytes(nn.Module):
 class DiT(nn.Module):
     """Token Refiner and cross-attention blocks (Sec. 6.3). forward gives the velocity at (x, t).
 
-    Rotary positions are relative: equal patches get equal outputs wherever they lie, so where a
+    Rotary positions are relative: were all patches equal, so would be all outputs. Where a
     picture's middle is must be read off its noise. K5 learns that in time; in a run of minutes
-    sines of row and column (`absolute`) put things in their place, and with `linear_guess` the
-    network learns only what no linear map of x knows.
+    sines of row and column (`absolute`) give each patch its place, and `linear_guess` leaves to
+    the network only what no linear map of x knows.
     """
     def __init__(self, a):
         super().__init__()
@@ -330,9 +330,9 @@ def build(a):
     """A DiT from any settings that include a Network; stops where they are impossible."""
     a = Network(**{field.name: getattr(a, field.name) for field in fields(Network)})
     odd = any(axis % 2 for axis in a.head_axes)
-    if len(a.head_axes) != 3 or odd or a.width % sum(a.head_axes):
-        data.stop(f"--width {a.width} must be a multiple of the sum of --head-axes {a.head_axes}, "
-                  "three even numbers")
+    if len(a.head_axes) != 3 or odd or a.width % sum(a.head_axes) or a.width % 4:
+        data.stop(f"--width {a.width} must be a multiple of 4 and of the sum of --head-axes "
+                  f"{a.head_axes}, three even numbers")
     return DiT(a)
 
 
@@ -400,10 +400,10 @@ def draw(net, vae, encoded, prompts, s):
 
 
 # ---------------- text (A.3.1)
-# An encoder turns each prompt into a pair (tokens, pooled). With l tokens that are Qwen's states
-# (l, d_text) in bfloat16 and CLIP's vector (d_pooled,); or words (l, WORD) in int16, and nothing.
+# An encoder turns each prompt into a pair (tokens, pooled), l tokens long. qwen-clip: Qwen's states
+# (l, d_text), bfloat16, and CLIP's vector (d_pooled,). bytes: words (l, WORD), int16, and nothing.
 
-# not in the paper: from K5, its spelling too; tokens of all before the caption are cut off again
+# not in the paper: K5's, with its spelling; the states of its own tokens are cut off in `encode`
 TEMPLATE = ("<|im_start|>system\nYou are a promt engineer. Describe the image by detailing the "
             "color, shape, size, texture, quantity, text, spatial relationships of the objects "
             "and background:<|im_end|>\n<|im_start|>user\n")
@@ -426,7 +426,7 @@ def encode_bytes(a, prompts):
     return pairs
 
 
-class QwenClip:
+class QwenClip:  # not in the paper: which of their states; as in K5
     """Qwen's last hidden states, and CLIP's state at the end of the text."""
     def __init__(self, a, device):
         try:
@@ -496,7 +496,8 @@ def pad(pairs, length=0, device="cpu"):
 
 PER_FILE = 1024
 ENCODED_AT_ONCE = 16  # pictures
-# Of the synthetic scenes: what is never trained on, so that prompts can ask for new combinations.
+# not in the paper: scenes that are never trained on, for prompts to ask for: a red circle, a yellow
+# square, a green triangle, a cyan star.
 HELD_OUT = tuple(zip(data.COLORS, data.SHAPES))
 
 
@@ -692,7 +693,6 @@ def train(s, out, vae, vae_parent, folder, device, file):
     window = torch.zeros(2, 4, device=device)
     if file and rank == 0:
         window += file["window"].to(device)
-    del file  # 32 GB in the paper's size
     about = dict(stage=stage, settings=asdict(s), architecture=asdict(net.a), parent=vae_parent)
     forward = torch.compile(net) if s.compile else net
 
@@ -719,7 +719,8 @@ def train(s, out, vae, vae_parent, folder, device, file):
         stopping = rank == 0 and bool(data.SIGNALS)
         if (logging or saving) and world > 1:
             dist.all_reduce(window)
-            window *= rank == 0  # the others begin again
+            if rank > 0:
+                window.zero_()  # the first process has their sums
         if logging or saving or stopping:
             values = {"loss": window[0].sum().item(), "gradient": norm.item()}
             data.check_finite(values, step, out, bar)
@@ -738,7 +739,7 @@ def train(s, out, vae, vae_parent, folder, device, file):
             window.zero_()
             clock = time.time()
             since = step
-        # Where it stops between two lines of the log, the first process keeps its own losses only.
+        # Stopped between two lines of the log, only the first process's losses are kept.
         if rank == 0 and (saving or stopping):
             data.save_state(out, state, step=step, window=window.cpu(), **about)
         if stopping:
@@ -770,7 +771,7 @@ def status(e, steps):
 
 # ---------------- is the prompt followed? (Fig. 6)
 
-# How often a scene would fit that was drawn at random, without the prompt.
+# How often a scene drawn at random would fit the prompt.
 CHANCE = {"color": 1 / 6, "shape": 1 / 4, "pattern": 1 / 4, "ground": 1 / 6, "all four": 1 / 480}
 CURVES = (*CHANCE, "clip_score")
 
@@ -799,7 +800,7 @@ class Judge:
             self.scorer = clip_scorer(s.clip_score, device)
 
     def look(self, pictures):
-        """What of these pictures the log has; draws twelve of them."""
+        """Draw at most twelve of these pictures; return the scores for the log."""
         every = math.ceil(len(self.prompts) / 12)
         data.save_sheet(Path(self.s.run, "dit.png"), pictures[::every], 4,
                         captions=self.prompts[::every])
@@ -824,8 +825,8 @@ def follow(pictures, prompts):
 
 
 def clip_scorer(name, device):
-    """A function of pictures and prompts: 100 max(cos, 0) of their CLIP features, a mean. ([16] has
-    2.5 for 100, and writes "A photo depicts" before each prompt.)"""
+    """A function of pictures and prompts: the mean of 100 max(cos, 0) of their CLIP features. ([16]
+    has 2.5 for 100, and writes "A photo depicts" before each prompt.)"""
     try:
         from transformers import CLIPModel, CLIPProcessor
         clip = CLIPModel.from_pretrained(name).to(device).eval()
@@ -894,9 +895,6 @@ def table(s):
 
 def main_sample(s):
     """Pictures of the prompts in --sample, from dit.pt and the VAE that it names."""
-    if s.sample_steps < 1 or s.shift <= 0:
-        data.stop(f"--sample-steps ({s.sample_steps}) must be at least 1 and --shift ({s.shift}) "
-                  "above 0")
     path = Path(s.run, "dit.pt")
     device = data.pick_device(s.device)
     file = data.read_checkpoint(path, ("07_train_dit",), "run 07_train_dit.py without --sample")
@@ -929,6 +927,9 @@ def main_sample(s):
 def main(s):
     if s.dry_run:
         return data.print_settings(s, parameters=table(s))
+    if s.sample_steps < 1 or s.val_prompts < 1 or s.shift <= 0:
+        data.stop(f"--sample-steps ({s.sample_steps}) and --val-prompts ({s.val_prompts}) must be "
+                  f"at least 1, and --shift ({s.shift}) above 0")
     if s.sample:
         return main_sample(s)
     out = Path(s.run, "dit.pt")
@@ -950,15 +951,17 @@ def main(s):
     with torch.device("meta"):
         build(s)
     next(captions(s, "train"))
+    next(captions(s, "val"))
     vae_parent = data.parent(vae_path)
-    # What may differ from the interrupted run: it shapes no weight, or its hash is compared.
+    # These may differ from the interrupted run: they shape no weight, or a hash is compared.
     free = {"vae", "checkpointing", "val_prompts", "sample", "sample_steps", "guidance", "shift",
             "clip_score"}
     file = data.resume(s, "07_train_dit", out, vae_parent, free)
-    folder = cache(s, vae, vae_parent, device)
     if file and file["step"] == s.steps:
-        print(f"{out} is finished at step {s.steps}; more --steps go on from there")
+        if data.processes()[0] == 0:
+            print(f"{out} is finished at step {s.steps}; more --steps go on from there")
     else:
+        folder = cache(s, vae, vae_parent, device)
         train(s, out, vae, vae_parent, folder, device, file)
     data.finish()
 

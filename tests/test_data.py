@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import struct
+import sys
 import tarfile
 import zlib
 
@@ -73,7 +74,7 @@ def test_bad_and_unusual_input(data, tmp_path, capfd):
         "cmyk.tif": encoded(picture("CMYK"), "TIFF"), "film.gif": encoded(picture("P"), "GIF", save_all=True, append_images=[picture("P")]), "plain.bmp": encoded(picture(), "BMP"),
         "plain.webp": encoded(picture(), "WEBP", lossless=True), "film.webp": encoded(picture(), "WEBP", lossless=True, save_all=True, append_images=[picture()]),
         "-dash; $(x) 'quote'.png": png, "ünïcödé 日本 🙂.png": png, "new\nline.png": png, "x" * 240 + ".png": png, ".hidden.png": png,
-        "bad json.png": png, "list json.png": png, "low text.png": png, "nan score.png": png, "string score.png": png,
+        "bad json.png": png, "list json.png": png, "half character.png": png, "low text.png": png, "nan score.png": png, "string score.png": png,
     }
     bad = {
         "empty.jpg": b"", "text.jpg": b"this is not a picture", "html.png": b"<html>404</html>", "half.jpg": jpg[:len(jpg) // 2], "half.png": png[:len(png) // 2],
@@ -83,7 +84,7 @@ def test_bad_and_unusual_input(data, tmp_path, capfd):
     }
     for name, blob in (good | bad).items():
         (images / name).write_bytes(blob)
-    side = {"plain.txt": "\ufeffein rotes Haus 🏠\n".encode(), "bad json.json": b"{", "list json.json": b"[1]", "low text.txt": b"\xff\xfe broken utf8",
+    side = {"plain.txt": "\ufeffein rotes Haus 🏠\n".encode(), "bad json.json": b"{", "list json.json": b"[1]", "half character.json": b'{"caption": "sad \\ud83d face"}', "low text.txt": b"\xff\xfe broken utf8",
             "nan score.json": b'{"aesthetic": NaN, "caption": "from json"}', "string score.json": b'{"AESTHETIC_SCORE": "5.5"}',
             "low score.json": b'{"aesthetic": 4.5}', "low upper score.json": b'{"AESTHETIC_SCORE": 3}'}
     for name, blob in side.items():
@@ -432,3 +433,31 @@ def test_two_pictures_of_one_stem_in_a_shard(data, tmp_path):
         names.append(name)
         assert data.describe(parts) == ("told", 3.0)
     assert names == ["0.tar/a.jpg", "0.tar/a.png"]
+
+
+def test_an_interrupted_addition_is_not_finished(data, tmp_path, monkeypatch):
+    """Pictures are added to a finished folder and the run is cut off: later stages refuse it until 01 has ended again."""
+    images, run = tmp_path / "in", tmp_path / "run"
+    images.mkdir()
+    for i in range(8):
+        picture().save(images / f"{i}.png")
+    data.main(settings(data, run, images))
+    picture().save(images / "8.png")
+    monkeypatch.setattr(data, "write_index", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        data.main(settings(data, run, images))
+    with pytest.raises(SystemExit):
+        data.picture_names(run / "data" / "train", 16)
+    monkeypatch.undo()
+    data.main(settings(data, run, images))
+    assert len(data.picture_names(run / "data" / "train", 16)) + len(data.picture_names(run / "data" / "val", 16)) == 9
+
+
+def test_an_error_after_a_signal_is_shown(data, monkeypatch):
+    """Ctrl-C was heard, and then the first process itself fails: that is no quiet end."""
+    def fails(settings):
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(data, "SIGNALS", [2])
+    monkeypatch.setattr(sys, "argv", ["01_data.py"])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        data.command_line(fails, data.Settings, data.PRESETS, "")
