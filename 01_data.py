@@ -1011,11 +1011,13 @@ def leave(stage, out, step):
 # ---------------- shelf: sheets of pictures
 
 def save_sheet(path, tiles, columns, titles=(), rows=(), captions=()):
-    """Write uint8 pictures (3, h, w) as one PNG, `columns` in a row, small ones magnified.
+    """Write uint8 pictures (3, side, side) as one PNG, `columns` in a row, small ones magnified.
 
     A title stands over each column, a label beside each row, a caption under each picture.
     """
-    tiles = [resize_shorter(t.cpu(), max(160, *t.shape[1:]), NEAREST) for t in tiles]
+    side = tiles[0].shape[2]
+    side *= math.ceil(160 / side)  # each pixel becomes a whole square
+    tiles = [resize_shorter(t.cpu(), side, NEAREST) for t in tiles]
     tile_h, tile_w = tiles[0].shape[1:]
     left = 120 if rows else 0
     top = 22 if titles else 0
