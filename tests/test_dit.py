@@ -730,7 +730,7 @@ def test_sample(dit, whole, capsys):
     many = draw("a red star", "", "x " * 5000, "🦊 🦊", "שלום עולם")
     assert len(many) == 5 and all(p.shape == (3, 48, 48) and p.dtype == torch.uint8 for p in many)
     out = capsys.readouterr().out
-    assert "cut to 12 tokens: x x" in out and "wrote" in out and Image.open(whole / "sample.png").size == (4 * 164, 2 * 218)
+    assert "cut to 12 tokens: x x" in out and "wrote" in out and Image.open(whole / "sample.png").size == (4 * 196, 2 * 250)  # each pixel four wide
     alone, = draw("a red star")
     assert (alone.int() - many[0].int()).abs().max() <= 1 and torch.equal(alone, draw("a red star")[0])
     assert not torch.equal(alone, draw("a red star", seed=1)[0]) and not torch.equal(alone, draw("a blue circle")[0])
