@@ -290,7 +290,6 @@ def describe(parts):
     caption = str(meta.get("caption") or meta.get("text") or "")
     if ".txt" in parts:
         caption = parts[".txt"]().decode("utf-8-sig", "replace").strip() or caption
-    caption = caption.encode("utf-8", "replace").decode()  # JSON may hold half a character
     for key in SCORES:
         with contextlib.suppress(TypeError, ValueError):
             score = float(meta.get(key, math.nan))
@@ -421,7 +420,8 @@ def main(s):
     reasons = collections.Counter()
     for record in tqdm(loader, total=total, unit="picture", desc="01_data", **BAR):
         key = record.pop("split", "rejected")
-        with open(files[key], "a", encoding="utf-8") as f:  # a crash costs one line at most
+        # A crash costs one line at most; a caption may hold half a character, which no file can.
+        with open(files[key], "a", encoding="utf-8", errors="replace") as f:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
         counts[key] += 1
         if key == "rejected":

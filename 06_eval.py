@@ -371,7 +371,7 @@ def open_diffusers(spec, place, s, device):
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         data.stop(f"--vae {spec} cannot be loaded: {reason}")
-    return Path(name).name, functools.partial(theirs, net, s), None
+    return Path(name).resolve().name, functools.partial(theirs, net, s), None
 
 
 def read_pictures(s, skipped):

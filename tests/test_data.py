@@ -443,7 +443,9 @@ def test_an_interrupted_addition_is_not_finished(data, tmp_path, monkeypatch):
         picture().save(images / f"{i}.png")
     data.main(settings(data, run, images))
     picture().save(images / "8.png")
-    monkeypatch.setattr(data, "write_index", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt()))
+    def cut_off(folder):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "write_index", cut_off)
     with pytest.raises(KeyboardInterrupt):
         data.main(settings(data, run, images))
     with pytest.raises(SystemExit):

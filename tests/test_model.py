@@ -421,6 +421,13 @@ def test_rates(model):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("impossible", [dict(groups=0), dict(width_mult=(1, 0, 2)), dict(width_mult=(1, -1)), dict(groups=3), dict(width_mult=())])
+def test_networks_that_cannot_be_are_refused_in_a_sentence(model, capsys, impossible):
+    with pytest.raises(SystemExit):
+        model.build(model.Architecture(**TINY | impossible))
+    assert "must be multiples of --groups" in capsys.readouterr().err
+
+
 if __name__ == "__main__":
     import importlib
     ours, numbers = importlib.import_module("02_model"), {}
@@ -433,10 +440,3 @@ if __name__ == "__main__":
         numbers[kind] = {k: [float(f"{v:.8g}") for v in t.flatten().tolist()] for k, t in outputs(kind, encode, decode).items()}
     REFERENCE.write_text(json.dumps(numbers))
     print(f"wrote {REFERENCE}")
-
-
-@pytest.mark.parametrize("impossible", [dict(groups=0), dict(width_mult=(1, 0, 2)), dict(width_mult=(1, -1)), dict(groups=3), dict(width_mult=())])
-def test_networks_that_cannot_be_are_refused_in_a_sentence(model, capsys, impossible):
-    with pytest.raises(SystemExit):
-        model.build(model.Architecture(**TINY | impossible))
-    assert "must be multiples of --groups" in capsys.readouterr().err
