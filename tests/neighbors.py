@@ -190,6 +190,8 @@ def read(s):
             fits = (line["steps"], line["dit_steps"]) == (s.steps, s.dit_steps)
             if fits and line["row"] in s.rows and line["seed"] in s.seeds:
                 rows[line["row"]].append(line)
+    for readings in rows.values():
+        readings.sort(key=lambda reading: reading["seed"])
     return {row: readings for row, readings in rows.items() if readings}
 
 
