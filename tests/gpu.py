@@ -2,14 +2,15 @@
 
     python tests/gpu.py --dry-run
     python tests/gpu.py
-    python tests/gpu.py --only study
+    python tests/gpu.py --only agree
 
-Three groups of parts: `benchmark` (tests/benchmark.py on cuda: fp32, bf16, bf16 compiled),
-`small` (all seven stages with --preset small, on scenes) and `study` (the five artifacts at 240 px,
-three seeds). It needs no network; without VGG16's weights in TORCH_HOME the feature distance is the
-untrained one, and it says so. --dry-run prints the commands and how long each part should take;
---only takes the parts with these words in their name. Ctrl-C stops; the same command again passes
-over the parts that are finished and goes on in the one that is not.
+Four groups of parts: `agree` (20 steps of 04 and 07 on the CPU and on the GPU, whose losses should
+be the same), `benchmark` (tests/benchmark.py on cuda: fp32, bf16, bf16 compiled), `small` (all seven
+stages with --preset small, on scenes) and `study` (the five artifacts at 240 px, three seeds). It
+needs no network; without VGG16's weights in TORCH_HOME the feature distance is the untrained one,
+and it says so. --dry-run prints the commands and how long each part should take; --only takes the
+parts with these words in their name. Ctrl-C stops; the same command again passes over the parts
+that are finished and goes on in the one that is not.
 
 Writes runs/gpu/PART.txt (what a part printed; complete or absent) and the stages' run folders, and
 at the end prints the rows for tests/README.md. --tiny makes everything so small that a CPU does it
@@ -75,6 +76,7 @@ class Part:
     name: str
     minutes: float
     line: list
+    source: Path | None = None  # the run folder whose data this part's run folder shares
 
 
 # ---------------------------------------------------------------- the plan
@@ -82,12 +84,24 @@ class Part:
 def plan(out, tiny):
     """All parts, in the order in which they run."""
     net = "vgg" if has_vgg() and not tiny else "untrained"
-    return [*benchmark_parts(out, tiny), *small_parts(out, net, tiny),
+    return [*agree_parts(out, tiny), *benchmark_parts(out, tiny), *small_parts(out, net, tiny),
             *study_parts(out, net, tiny)]
 
 
 def has_vgg():
     return Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth").is_file()
+
+
+def agree_parts(out, tiny):
+    """The demo's first steps in fp32, once on each; both have the same seeds, so the same noise."""
+    source = out / "agree"
+    parts = [stage("agree 01_data.py", "01_data.py", f"--count 400 --run {source}", 1, tiny)]
+    for device in ("cpu", "cuda"):
+        flags = f"--run {out / f'agree-{device}'} --device {device} --steps 20 --log-every 1"
+        for script, more in (("04_train_vae.py", ""), ("07_train_dit.py", "--sample-steps 1")):
+            name = f"agree {device} {script}"
+            parts.append(stage(name, script, f"{flags} {more}", 1, tiny, source))
+    return parts
 
 
 def benchmark_parts(out, tiny):
@@ -126,7 +140,8 @@ def study_parts(out, net, tiny):
             flags = (f"--preset small --run {run} --seed {seed} --steps {STUDY_STEPS} "
                      f"--perceptual-net {net} {ROWS[row]}")
             minutes = MINUTES["04_train_vae.py"] * STUDY_STEPS / 60_000
-            parts.append(stage(f"study {row}-{seed}", "04_train_vae.py", flags, minutes, tiny))
+            name = f"study {row}-{seed}"
+            parts.append(stage(name, "04_train_vae.py", flags, minutes, tiny, folder))
     flags = (f"--run {folder} --size 240 --resize 480 --latents 1 --perceptual-net {net} "
              f"--vae {' '.join(files)}")
     parts.append(stage("study 06_eval.py", "06_eval.py", flags, 5, tiny))
@@ -135,11 +150,11 @@ def study_parts(out, net, tiny):
     return parts
 
 
-def stage(name, script, flags, minutes, tiny):
+def stage(name, script, flags, minutes, tiny, source=None):
     tail = TINY[script] if tiny else ""
     # Before the flags that take several values, or --vae would swallow them.
     head, vae, files = flags.partition("--vae")
-    return Part(name, minutes, [script, *shlex.split(f"{head} {tail} {vae}{files}")])
+    return Part(name, minutes, [script, *shlex.split(f"{head} {tail} {vae}{files}")], source)
 
 
 def slug(name):
@@ -166,7 +181,7 @@ def run_parts(parts, out):
             continue
         print(f"--- {part.name}, about {part.minutes:.0f} min: python {shlex.join(part.line)}",
               flush=True)
-        share_data(part, out / "study")
+        share_data(part)
         unfinished = done.with_suffix(".part")
         code = execute(part.line, unfinished)
         if code:
@@ -175,13 +190,13 @@ def run_parts(parts, out):
         unfinished.rename(done)
 
 
-def share_data(part, study):
-    """A row's run folder in the study, with the data of all."""
-    if part.name.startswith("study") and "--seed" in part.line:
-        run = Path(part.line[part.line.index("--run") + 1])
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / "data").exists():
-            (run / "data").symlink_to((study / "data").resolve())
+def share_data(part):
+    if part.source is None:
+        return
+    run = Path(part.line[part.line.index("--run") + 1])
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "data").exists():
+        (run / "data").symlink_to((part.source / "data").resolve())
 
 
 # ---------------------------------------------------------------- rows for tests/README.md
@@ -194,9 +209,22 @@ def report(parts, out):
         if rows:
             print(f"\n{part.name}\n")
             print("\n".join(rows))
+    logs = [out / f"agree-{device}" / "log.jsonl" for device in ("cpu", "cuda")]
+    if all(path.exists() for path in logs):
+        print_agreement(*[list(data.read_jsonl(path)) for path in logs])
     path = out / "small" / "log.jsonl"
     if path.exists():
         print_speed(list(data.read_jsonl(path)))
+
+
+def print_agreement(cpu, cuda):
+    print("\n| stage | steps | loss on the GPU beside the CPU's, largest relative difference |"
+          "\n|---|---|---|")
+    for name, key in (("04_train_vae", "total"), ("07_train_dit", "loss")):
+        ours, other = [[line[key] for line in lines if line["stage"] == name]
+                       for lines in (cpu, cuda)]
+        apart = max(abs(a - b) / abs(a) for a, b in zip(ours, other, strict=True))
+        print(f"| {name}, CPU and GPU | {len(ours)} | {apart:.1g} |")
 
 
 def print_speed(lines):
