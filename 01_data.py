@@ -63,6 +63,7 @@ class Run:
 @dataclass(frozen=True)
 class TrainingRun(Run):
     """The same for the stages that train."""
+    accumulate: int = 1       # parts that a process cuts its share of a batch into, for memory
     compile: bool = False     # torch.compile the network
     log_every: int = 100      # steps between two lines of the log
     val_every: int = 2_000    # steps between two validations
@@ -817,6 +818,7 @@ def log(run, **entry):
 
 def pick_device(name):
     """torch.device for --device. Under torchrun each process takes a GPU of its own at once."""
+    torch.backends.cudnn.allow_tf32 = False  # Table 2: FP32
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     elif name == "auto":
@@ -842,13 +844,13 @@ def loader_workers(s, device):
 def start(s):
     """Seed, precision, device and processes of a stage that trains; returns the device."""
     torch.manual_seed(s.seed)
+    device = pick_device(s.device)
     exact = s.precision == "fp32"
     torch.backends.cudnn.allow_tf32 = not exact
     torch.set_float32_matmul_precision("highest" if exact else "high")
-    device = pick_device(s.device)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))  # 7B load slowly
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # caching is slow
     _, world = processes()
     if min(s.accumulate, s.log_every, s.val_every, s.save_every) < 1:
         stop("--accumulate, --log-every, --val-every and --save-every must be at least 1")

@@ -123,8 +123,8 @@ class Perceptual(nn.Module):  # Eq. 6
         import lpips
         files = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
         trained = net in files
-        with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")  # lpips calls torchvision by old names
+        # lpips calls torchvision by old names
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
             torch.manual_seed(0)
             try:
                 self.lpips = lpips.LPIPS(net=net if trained else "alex", lpips=trained,

@@ -40,7 +40,6 @@ class Training(data.TrainingRun, losses.Losses):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
     steps: int = 1_000_000           # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
-    accumulate: int = 1              # parts that a process cuts its share into, to save memory
     # muon: for convolutions and matrices, at a rate of its own; Adam for the rest
     optimizer: Literal["adam", "muon"] = "adam"  # not in the paper: as in MoVQGAN
     muon_lr: float = 5e-3            # not in the paper: best of a few short runs on scenes
@@ -224,11 +223,12 @@ def load_parts(loader, vae, more_noise, stage, step, device, s):
     generator = data.generator(stage, s.seed, step)
     side = s.crop // vae.factor
     shapes = [(vae.architecture.latent_channels, side, side), *more_noise]
-    drawn = [torch.randn(s.batch, *shape, generator=generator) for shape in shapes]
+    pin = device.type == "cuda"  # to copy while it computes
+    drawn = [torch.randn(s.batch, *shape, generator=generator, pin_memory=pin) for shape in shapes]
     parts = [whole.chunk(world)[rank].chunk(s.accumulate) for whole in drawn]
     for part in zip(*parts):
-        x = next(loader).to(device, non_blocking=True, memory_format=torch.channels_last)
-        noise = [v.to(device, non_blocking=True) for v in part]
+        x = next(loader).to(device, non_blocking=pin, memory_format=torch.channels_last)
+        noise = [v.to(device, non_blocking=pin) for v in part]
         yield losses.from_uint8(x), *noise
 
 

@@ -595,7 +595,6 @@ def main(s):
     own = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
     specs = s.vae or [str(path) for path in own if path.is_file()] or [str(own[0])]
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
-    torch.backends.cudnn.allow_tf32 = False  # Table 2: FP32, on any GPU
     skipped = {}
     some = itertools.islice(read_pictures(s, skipped), max(1, s.latents))
     pictures = [losses.from_uint8(x.to(device)) for x in some]

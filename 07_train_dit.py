@@ -74,7 +74,6 @@ class Settings(data.TrainingRun, Network):
     flip: bool = True          # not in the paper: latents of mirrored pictures too
     steps: int = 130_000       # Sec. 6.3
     batch: int = 1024          # Sec. 6.3; over all processes
-    accumulate: int = 1        # parts in which a process's share goes through memory
     lr: float = 1e-4           # Table 4
     beta1: float = 0.9         # Table 4
     beta2: float = 0.95        # Table 4
@@ -392,7 +391,7 @@ def draw(net, vae, encoded, prompts, s):
             z = sample(net, torch.stack(noise).to(device), prompt, empty, s.sample_steps,
                        s.guidance, s.shift)
         for part in vae.denormalize(z).split(8):
-            pictures += list(losses.to_uint8(vae.decode(part)).cpu())
+            pictures += [x.clone() for x in losses.to_uint8(vae.decode(part)).cpu()]
     shares = [pictures] * world
     if world > 1:
         dist.all_gather_object(shares, pictures)
@@ -700,10 +699,11 @@ def train(s, out, vae, vae_parent, folder, device, file):
     # Another length of prompts would be compiled anew.
     padded = functools.partial(collate, length=s.text_length if s.compile else 0)
     loader, bar = data.begin(Examples(folder, s), s, stage, step, device, padded)
+    pin = device.type == "cuda"
     clock = time.time()
     since = step
     for step in range(step + 1, s.steps + 1):
-        parts = ([v.to(device, non_blocking=True) for v in next(loader)]
+        parts = ([v.to(device, non_blocking=pin) for v in next(loader)]
                  for _ in range(s.accumulate))
         # Table 4: constant + warmup
         factor = model.rate_factor(step, s.steps, s.decay, s.warmup)

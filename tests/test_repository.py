@@ -10,6 +10,7 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT, beside, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +33,8 @@ def commands():
     base = re.search(r'^base="(.*)"', MEASURED, re.M)[1]
     for flags in re.findall(r"^  (?:from=\S+ +)?row \S+ *([^#\n]*)", MEASURED, re.M):
         yield "04_train_vae.py", flags.replace("$base", base)
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", README + MEASURED, re.S)
+    fenced = re.findall(r"```(\w*)\n(.*?)```", README + MEASURED, re.S)
+    blocks = [block for language, block in fenced if language != "python"]
     for path in SCRIPTS:
         head = ast.get_docstring(ast.parse(read(path)))
         blocks += re.findall(r"^    ((?:python|torchrun) .*)", head, re.M)
@@ -65,6 +67,19 @@ def test_commands_parse(script, rest, data, tmp_path, capsys):
     module = importlib.import_module(script[:-3])
     module.main(data.parse_cli(module.Settings, module.PRESETS, "", [*flags, "--dry-run"]))
     assert json.loads(capsys.readouterr().out)["run"] and not list(tmp_path.iterdir())
+
+
+def test_lines_of_python(data, model, tmp_path):
+    """README's way to use a VAE in other code, on a checkpoint of a tiny one."""
+    block, = re.findall(r"```python\n(.*?)```", README, re.S)
+    vae = model.build(model.Architecture(width=8, groups=8))
+    data.save_checkpoint(tmp_path / "vae.pt", stage="04_train_vae", ema=vae.state_dict(),
+                         architecture=dataclasses.asdict(vae.architecture), latent_mean=None,
+                         latent_std=None)
+    names = dict(importlib=importlib, x=torch.rand(2, 3, 32, 48) * 2 - 1)
+    exec(block.replace("runs/demo/vae_finetuned.pt", str(tmp_path / "vae.pt")), names)
+    assert names["x_hat"].shape == (2, 3, 32, 48)
+    assert torch.equal(names["x_hat"], vae.decode(vae.encode(names["x"]).mu))
 
 
 def two_commands(run):
