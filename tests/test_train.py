@@ -206,6 +206,24 @@ def test_accumulation_is_the_whole_batch(train, run, whole):
     follows(run, whole)
 
 
+def test_goes_on_in_other_parts(train, run, whole):
+    """Fewer GPUs, so more parts: the same batches, other rounding."""
+    train.main(settings(train, run, steps=4))
+    train.main(settings(train, run, steps=8, accumulate=2))
+    close(checkpoint(run), checkpoint(whole), 2e-3)
+    follows(run, whole)
+
+
+def test_precision_of_convolutions(train, data):
+    """TF32 only where a training asks for it; PyTorch would take it for convolutions by itself."""
+    for precision in ("bf16", "tf32", "fp32"):
+        data.start(train.Settings(precision=precision, device="cpu"))
+        assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
+    torch.backends.cudnn.allow_tf32 = True
+    data.pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_muon_resumes_exactly(train, run, monkeypatch):
     """Stopped between two checkpoints, with a rate that falls: bit for bit the run that was not."""
     muon = settings(train, run, optimizer="muon", decay=0.5, steps=6, save_every=2)
