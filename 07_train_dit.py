@@ -391,6 +391,7 @@ def draw(net, vae, encoded, prompts, s):
             z = sample(net, torch.stack(noise).to(device), prompt, empty, s.sample_steps,
                        s.guidance, s.shift)
         for part in vae.denormalize(z).split(8):
+            # A view would take its whole part along.
             pictures += [x.clone() for x in losses.to_uint8(vae.decode(part)).cpu()]
     shares = [pictures] * world
     if world > 1:
@@ -699,11 +700,10 @@ def train(s, out, vae, vae_parent, folder, device, file):
     # Another length of prompts would be compiled anew.
     padded = functools.partial(collate, length=s.text_length if s.compile else 0)
     loader, bar = data.begin(Examples(folder, s), s, stage, step, device, padded)
-    pin = device.type == "cuda"
     clock = time.time()
     since = step
     for step in range(step + 1, s.steps + 1):
-        parts = ([v.to(device, non_blocking=pin) for v in next(loader)]
+        parts = ([v.to(device, non_blocking=device.type == "cuda") for v in next(loader)]
                  for _ in range(s.accumulate))
         # Table 4: constant + warmup
         factor = model.rate_factor(step, s.steps, s.decay, s.warmup)

@@ -462,6 +462,7 @@ def child(a, run):
     """What the process of its own prints."""
     name, side = a.child
     device = data.pick_device(a.device)
+    set_backends(a)                                 # after it: picking forbids TF32
     work = partial(two_steps, whole_vae)
     if name in ITEMS:
         work = getattr(ITEMS[name], side)
@@ -1093,7 +1094,6 @@ def main():
     if not names:
         parser.error(f"--only {a.only}: no such item; there are\n  " + "\n  ".join(NAMES.values()))
     torch.manual_seed(0)
-    set_backends(a)
     with tempfile.TemporaryDirectory() as run:
         prepare(run)
         if a.child:

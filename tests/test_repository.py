@@ -76,7 +76,7 @@ def test_lines_of_python(data, model, tmp_path):
     data.save_checkpoint(tmp_path / "vae.pt", stage="04_train_vae", ema=vae.state_dict(),
                          architecture=dataclasses.asdict(vae.architecture), latent_mean=None,
                          latent_std=None)
-    names = dict(importlib=importlib, x=torch.rand(2, 3, 32, 48) * 2 - 1)
+    names = dict(x=torch.rand(2, 3, 32, 48) * 2 - 1)
     exec(block.replace("runs/demo/vae_finetuned.pt", str(tmp_path / "vae.pt")), names)
     assert names["x_hat"].shape == (2, 3, 32, 48)
     assert torch.equal(names["x_hat"], vae.decode(vae.encode(names["x"]).mu))
