@@ -2,25 +2,25 @@
 
 Reads   RUN/data (01_data.py); RUN/vae.pt if this run was interrupted.
 Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reconstructions),
-        RUN/log.jsonl.
+        RUN/log.jsonl, RUN/curve.png.
 Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 
     python 04_train_vae.py --preset small --run runs/mine
-    torchrun --nproc-per-node 8 -- 04_train_vae.py --preset paper --run runs/mine
+    torchrun --nproc-per-node 8 -- 04_train_vae.py --preset paper --run runs/paper
 
 The same command again goes on where the last one stopped, on a CPU bit for bit: all that is random
-is a function of (stage, seed, step).
+is a function of (stage, seed, step, process).
 """
 import collections
 import copy
 import functools
 import importlib
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 data = importlib.import_module("01_data")
@@ -31,25 +31,38 @@ losses = importlib.import_module("03_losses")
 # ---------------- settings
 
 @dataclass(frozen=True)
-class Training(data.TrainingRun, losses.Losses):
+class Training(data.Run):
     """All but the architecture, so that 05 can have it too."""
-    crop: int = losses.Settings.crop  # Sec. 5.1: side of a crop
-    lr: float = 1e-4                 # Table 2 (VAE); not in the paper: the discriminator's too
-    ema_decay: float = 0.9999        # Table 2
+    lambda_kl: float = 1e-4     # Table 3; Sec. 5.2, blur: ten times more blurs
+    lambda_recon: float = 1.0   # Table 3
+    lambda_adv: float = 0.01    # Table 3; Sec. 5.2, grid: lower is the cure
+    lambda_perc: float = 0.1    # Table 3
+    regularizer: Literal["kl", "ve"] = "kl"  # not in VIVAT: ve is Variance Expansion for KL
+    lambda_ve: float = 0.1 / 12  # its paper's 0.1 between sums, times J / N (head of 03)
+    kl_warmup: int = 0          # not in VIVAT: steps in which lambda_kl rises from 0
+    free_bits: float = 0.0      # not in VIVAT: nats per latent value that a channel has for nothing
+    # Eq. 5 as printed is "log", see adversarial_loss
+    gan_loss: Literal["hinge", "log"] = "hinge"  # not in the paper: the base code has hinge
+    perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's choice
+    disc_width: int = 64        # not in the paper: as in MoVQGAN's discriminator
+    crop: int = 240             # Sec. 5.1: side of a crop
+    lr: float = 1e-4            # Table 2 (VAE); not in the paper: the discriminator's too
+    ema_decay: float = 0.9999   # Table 2
     # bf16: the VAE alone under autocast; weights and losses stay FP32, on a GPU with TF32 products
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
-    steps: int = 1_000_000           # not in the paper: MoVQGAN took 1.3 to 2.4 million
-    batch: int = 64                  # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
-    # muon: for convolutions and matrices, at a rate of its own; Adam for the rest
-    optimizer: Literal["adam", "muon"] = "adam"  # not in the paper: as in MoVQGAN
-    muon_lr: float = 5e-3            # not in the paper: best of a few short runs on scenes
-    warmup: int = 0                  # not in the paper: first steps, in which rates rise from 0
-    decay: float = 0.0               # not in the paper: last share of steps, where rates fall to 0
-    beta1: float = 0.5               # not in the paper: as in MoVQGAN; low: its target moves
-    beta2: float = 0.9               # not in the paper: Adam as in MoVQGAN
-    clip: float = 1.0                # not in the paper: gradient norm; MoVQGAN clips each value
-    val_pictures: int = 256          # at most so many validation pictures are looked at
-    latent_pictures: int = 10_000    # not in the paper: crops behind latent mean and deviation
+    steps: int = 1_000_000      # not in the paper: MoVQGAN took 1.3 to 2.4 million
+    batch: int = 64             # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
+    muon_lr: float = 0.0        # not in the paper: above 0, Muon for matrices; for short runs
+    beta1: float = 0.5          # not in the paper: as in MoVQGAN; low: its target moves
+    beta2: float = 0.9          # not in the paper: Adam as in MoVQGAN
+    warmup: int = 0             # not in the paper: steps in which rates rise from 0
+    lr_decay: float = 0.0       # not in the paper: last share of the steps, where rates fall to 0
+    clip_norm: float = 1.0      # not in the paper: norm of the gradient at most
+    accumulate: int = 1         # parts that a process cuts its share of a batch into, for memory
+    compile: bool = False       # torch.compile the VAE
+    log_every: int = 100        # steps between two lines of the log
+    val_every: int = 2_000      # steps between two validations, and two checkpoints
+    val_pictures: int = 256     # at most so many validation pictures are looked at
 
 
 @dataclass(frozen=True)
@@ -57,179 +70,194 @@ class Settings(Training, model.Architecture):
     pass
 
 
-DEMO = dict(batch=4, lr=1e-3, ema_decay=0.995, val_every=500, save_every=500, val_pictures=64,
-            latent_pictures=256, optimizer="muon", decay=1.0)
+DEMO = losses.CPU | dict(
+    workers=0, disc_width=24, batch=4, lr=1e-3, muon_lr=5e-3, lr_decay=1.0, ema_decay=0.995,
+    val_every=400, val_pictures=64)
 LAPTOP = DEMO | dict(batch=8)
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 PRESETS = {
     "paper": {},
     "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
-    "laptop": model.PRESETS["laptop"] | losses.CPU | LAPTOP | dict(steps=2500),
-    "demo": model.PRESETS["demo"] | losses.CPU | DEMO | dict(steps=1200),
+    "laptop": model.PRESETS["laptop"] | LAPTOP | dict(steps=2500),
+    "demo": model.PRESETS["demo"] | DEMO | dict(steps=1200),
 }
 
 
 # ---------------- one step of both players
 
-def add_gradients(x, noise, vae, disc, perceptual, trained, judging, s):
-    """Add one part's gradients to both players' weights, `trained` and `judging`. Returns what is
-    logged: total, the four terms before their weights, D's loss and its mean logits.
-
-    x: pictures (b, 3, crop, crop) in [-1, 1]. noise: N(0, I) in the latents' shape.
-    """
-    with data.autocast(x.device, s):
-        x_hat, mu, logvar = [v.float() for v in vae(x, noise)]
-    share = 1 / (s.accumulate * data.processes()[1])  # of this part in the mean over the batch
-
-    # Table 2: the discriminator plays from step 0.
-    # not in the paper: one x_hat serves both players, judged once. Each backward pass reaches the
-    # weights of its own player only.
+def compute_losses(x, vae, disc, perceptual, step, s):
+    """Of pictures x (b, 3, crop, crop): what the VAE minimizes (Eq. 7), what the discriminator
+    minimizes, and the terms for the log, those of Eq. 7 before their weights."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+        x_hat, mu, logvar, z = [v.float() for v in vae(x)]
     real = disc(x)
     fake = disc(x_hat)
     disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
-    (share * disc_loss).backward(inputs=judging, retain_graph=True)
 
-    kl = losses.latent_loss(mu, logvar, noise, s)  # Eq. 3: kl_loss, if nothing else is chosen
+    kl, lambda_kl = losses.regularizer(mu, logvar, z, step, s)  # Eq. 3 and Table 3
     recon = losses.recon_loss(x, x_hat)  # Eq. 4
     adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
     perc = perceptual(x, x_hat)  # Eq. 6
-    total = losses.total_loss(kl, recon, adv, perc, s)  # Eq. 7
-    (share * total).backward(inputs=trained)
-    return dict(total=total, kl=kl, recon=recon, adv=adv, perc=perc,
-                disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
+    total = losses.total_loss(kl, recon, adv, perc, lambda_kl, s)  # Eq. 7
+    return total, disc_loss, dict(total=total, kl=kl, recon=recon, adv=adv, perc=perc,
+                                  disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
 
-def train_step(parts, vae, disc, perceptual, optimizers, s, add=add_gradients):
-    """One step of both players; returns 0-d tensors for the log.
+def add_gradients(total, disc_loss, vae_weights, disc_weights):
+    """Add each player's gradient to its own weights. Table 2: the discriminator plays from step 0.
 
-    parts: this process's share of the batch as (x, noise), of which one at a time is in memory.
+    not in the paper: one x_hat, judged once, serves both players. So both losses hang on the same
+    graph, which leads from `fake` through the discriminator into the VAE, and each backward pass
+    must be kept from the other player's weights:
+    - `inputs=` names the weights that a pass gives gradients to. The discriminator's loss thus
+      stops short of the VAE, as if x_hat had been detached, and the VAE's loss runs through the
+      discriminator without a trace there, as if that had been frozen by requires_grad_(False).
+    - `retain_graph=True` leaves that graph to the second pass.
+    Both gradients are of the weights before this step: no optimizer moves until both are there.
     """
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    judging = list(disc.parameters())
-    values = collections.defaultdict(float)
-    for x, *noise in parts:
-        terms = add(x, *noise, vae, disc, perceptual, trained, judging, s)
-        for name in terms:
-            values[name] += terms[name].detach() / s.accumulate
-        del terms  # and with them the discriminator's graph, before the next part
-    data.sum_gradients(trained)
-    data.sum_gradients(judging)
-    values["grad_vae"] = torch.nn.utils.clip_grad_norm_(trained, s.clip)
-    values["grad_disc"] = torch.nn.utils.clip_grad_norm_(judging, s.clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return values
+    disc_loss.backward(inputs=disc_weights, retain_graph=True)
+    total.backward(inputs=vae_weights)
 
 
 # ---------------- the loop
 
-def train(s, stage, out, vae, disc, made_from, file, add=add_gradients, more_noise=()):
+def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=True):
     """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
 
-    file: what an interrupted run left in `out`, or None. add: add_gradients, or 05's own;
-    more_noise: the shapes of the noise that it takes besides.
+    compute: compute_losses, or 05's own. parent: the hash of the file that training began from.
+    fresh: weights begin at random, which their average shall forget.
     """
-    rank, _ = data.processes()
-    if file and file["step"] == s.steps and file["latent_mean"] is not None:
-        if rank == 0:
-            print(f"{out} is finished at step {s.steps}; more --steps go on from there")
-        return
-    if not vae.takes(s.crop):
-        data.stop(f"--crop {s.crop} must be a multiple of {vae.multiple}, from {vae.smallest} up")
     device = next(vae.parameters()).device
-    torch.backends.cudnn.benchmark = True  # crops have one size
-    layout = dict(memory_format=torch.channels_last)  # in which convolutions are fastest
-    perceptual = losses.Perceptual(s.perceptual_net).to(device, **layout)
-    if s.perceptual_net == "untrained" and rank == 0:
-        print("perceptual net: untrained (no download): 'perc' is a feature distance, not LPIPS; "
-              "--perceptual-net vgg is the real one")
-    vae = vae.to(**layout)
-    disc = disc.to(**layout)
+    perceptual = losses.Perceptual(s.perceptual_net).to(device)
+    for module in (perceptual, vae, disc):
+        module.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    trained = [p for p in vae.parameters() if p.requires_grad]
-    optimizers = both_optimizers(trained, disc, device, s)
-    state = dict(model=vae, ema=ema, disc=disc, **optimizers)
-    step = data.load_state(file, state)
-    about = dict(stage=stage, settings=asdict(s), architecture=asdict(vae.architecture),
-                 parent=made_from)
-    forward = torch.compile(model.set_fast(vae, False)) if s.compile else vae
-
-    crops = data.Crops(Path(s.run, "data", "train"), s.crop, stage, s.seed)
-    loader, bar = data.begin(crops, s, stage, step, device)
-    if rank == 0:
-        val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures).to(device))
-    clock = time.time()
-    since = step
-    for step in range(step + 1, s.steps + 1):
-        parts = load_parts(loader, vae, more_noise, stage, step, device, s)
-        factor = model.rate_factor(step, s.steps, s.decay, s.warmup)
-        model.set_rates(optimizers.values(), factor)
-        now = replace(s, lambda_kl=losses.latent_weight(s, step))  # at this step
-        values = train_step(parts, forward, disc, perceptual, optimizers.values(), now, add)
-        model.update_average(ema.parameters(), vae.parameters(), step, s.ema_decay)
-        bar.update()
-
-        last = step == s.steps
-        looking = last or step % s.val_every == 0
-        logging = looking or step % s.log_every == 0
-        saving = last or step % s.save_every == 0
-        stopping = rank == 0 and bool(data.SIGNALS)
-        if logging or saving or stopping:
-            values = data.gather(values, alone=not (logging or saving))
-            data.check_finite(values, step, out, bar)
-        if logging and rank == 0:
-            entry = log_entry(values, stage, step, now)
-            entry["pictures_per_second"] = (step - since) * s.batch / (time.time() - clock)
-            if looking:
-                entry |= validate(ema, val, perceptual, s)
-            bar.write(status(entry, s.steps))
-            data.log(s.run, **entry)
-        if logging:
-            clock = time.time()
-            since = step
-        if rank == 0 and (saving or stopping):
-            data.save_state(out, state, step=step, latent_mean=None, latent_std=None, **about)
-        if stopping:
-            bar.close()
-            data.leave(stage, out, step)
-    bar.close()
-    data.stop_listening()
-    if rank == 0:
-        mean, std = vae.latent_mean, vae.latent_std  # 05 leaves them as they are
-        if mean is None:
-            mean, std = latent_statistics(ema, crops, s, device)
-        data.save_state(out, state, step=step, latent_mean=mean, latent_std=std, **about)
-        print(f"{out}: step {step}; latent mean {mean.mean():.3f}, deviation {std.min():.3f} to "
-              f"{std.max():.3f} over {len(std)} channels")
-
-
-def both_optimizers(trained, disc, device, s):
+    vae_weights = [p for p in vae.parameters() if p.requires_grad]
+    disc_weights = list(disc.parameters())
     # not in the paper: Adam, one for each player, as in MoVQGAN
     adam = functools.partial(torch.optim.Adam, lr=s.lr, betas=(s.beta1, s.beta2),
-                             fused=device.type in ("cuda", "cpu"))
-    optimizers = model.make_optimizers(trained, trained, s, adam)
-    optimizers["disc_optimizer"] = adam(disc.parameters())
-    return optimizers
+                             fused=device.type != "mps")
+    optimizers = make_optimizers(vae_weights, vae_weights, adam, s.muon_lr)
+    optimizers["disc_adam"] = adam(disc_weights)
+    state = dict(model=vae, ema=ema, disc=disc, **optimizers)
+    step = data.resume(out, state, s, stage, parent)
+    forward = torch.compile(vae) if s.compile else vae
+
+    loader = load_crops(s, stage, step, vae)
+    rank, _ = data.processes()
+    val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures)).to(device)
+    bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step",
+               disable=rank > 0, **data.BAR)
+    for step in bar:
+        data.seed_step(s, stage, step)
+        terms = collections.defaultdict(float)  # means over the parts of a batch
+        for _ in range(s.accumulate):
+            x = losses.from_uint8(next(loader).to(device, memory_format=torch.channels_last))
+            total, disc_loss, part = compute(x, forward, disc, perceptual, step, s)
+            add_gradients(total / s.accumulate, disc_loss / s.accumulate, vae_weights, disc_weights)
+            for name in part:
+                terms[name] += part[name].detach() / s.accumulate
+            del total, disc_loss, part  # and with them the graph, before the next one
+        data.average(w.grad for w in vae_weights + disc_weights)
+        terms["grad_vae"] = torch.nn.utils.clip_grad_norm_(vae_weights, s.clip_norm)
+        terms["grad_disc"] = torch.nn.utils.clip_grad_norm_(disc_weights, s.clip_norm)
+        update(optimizers, rate_factor(step, s))
+        update_average(ema, vae, average_decay(step, s) if fresh else s.ema_decay)
+
+        looking = step % s.val_every == 0 or step == s.steps
+        if looking or step % s.log_every == 0:
+            numbers = data.gather(terms, step)
+            if looking and rank == 0:
+                numbers |= validate(ema, val, perceptual, s)
+            data.log(s.run, stage, step, numbers, bar)
+        data.save(out, state, s, step, looking, parent=parent,
+                  architecture=asdict(vae.architecture))
 
 
-def load_parts(loader, vae, more_noise, stage, step, device, s):
-    """(x, noise) of each part of a step, on the device, and more noise of the shapes given.
+def load_crops(s, stage, step, vae):
+    """An iterator over parts of batches, from the step after `step`: uint8 (b, 3, crop, crop).
 
-    The noise of the whole batch is drawn on the CPU, then cut into the processes' shares and their
-    parts: the same on any device and with any number of processes.
+    Of each batch's crops, numbered on over all steps, every process takes each world-th.
     """
+    if s.crop % vae.multiple:
+        data.fail(f"--crop {s.crop} must be a multiple of {vae.multiple}")
+    if s.free_bits and data.part_size(s) < s.batch:
+        data.fail("--free-bits looks at a whole batch: one process, and --accumulate 1")
+    crops = data.Crops(s.run, s.crop, stage, s.seed)
     rank, world = data.processes()
-    generator = data.generator(stage, s.seed, step)
-    side = s.crop // vae.factor
-    shapes = [(vae.architecture.latent_channels, side, side), *more_noise]
-    pin = device.type == "cuda"  # to copy while it computes
-    drawn = [torch.randn(s.batch, *shape, generator=generator, pin_memory=pin) for shape in shapes]
-    parts = [whole.chunk(world)[rank].chunk(s.accumulate) for whole in drawn]
-    for part in zip(*parts):
-        x = next(loader).to(device, non_blocking=pin, memory_format=torch.channels_last)
-        noise = [v.to(device, non_blocking=pin) for v in part]
-        yield losses.from_uint8(x), *noise
+    numbers = range(step * s.batch + rank, s.steps * s.batch, world)
+    data.listen()
+    return iter(DataLoader(crops, data.part_size(s), sampler=numbers, num_workers=s.workers))
+
+
+def update(optimizers, factor):
+    """One step of each optimizer, at `factor` times its own rate."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = factor * optimizer.defaults["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def rate_factor(step, s):
+    """What a rate is multiplied with: linear up over the warm-up, linear down, almost to 0, over
+    the last share `lr_decay` of the steps."""
+    rising = step / max(1, s.warmup)
+    falling = (s.steps - step + 1) / max(1.0, s.lr_decay * s.steps)
+    return min(1.0, rising, falling)
+
+
+@torch.no_grad()
+def update_average(ema, net, decay):  # Table 2: EMA decay
+    """Move each averaged weight towards the trained one."""
+    for average, weight in zip(ema.parameters(), net.parameters()):
+        average.lerp_(weight, 1 - decay)
+
+
+def average_decay(step, s):
+    # not in the paper: the usual warm-up, so that the random start is forgotten
+    return min(s.ema_decay, (1 + step) / (10 + step))
+
+
+# ---------------- Muon, for short runs
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (K. Jordan 2024, kellerjordan.github.io/posts/muon). A convolution
+    counts as a matrix (c_out, the rest), which torch.optim.Muon does not take."""
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for w in self.param_groups[0]["params"]:
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+            momentum.lerp_(w.grad, 0.05)
+            g = w.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's look ahead, (c_out, the rest)
+            scale = self.param_groups[0]["lr"] * max(1, g.shape[0] / g.shape[1]) ** 0.5
+            w.sub_(scale * orthogonal(g).view_as(w))
+
+
+def orthogonal(g):
+    """Nearly the orthogonal matrix closest to g: five rounds of Newton-Schulz, a polynomial that
+    brings every singular value close to 1."""
+    tall = g.shape[0] > g.shape[1]
+    x = g.mT if tall else g
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(weights, inside, adam, muon_lr):
+    """{name: optimizer}: Muon for the matrices among `inside`, where muon_lr is above 0; `adam`, a
+    function of weights, for the rest."""
+    matrices = [w for w in inside if w.ndim > 1 and muon_lr > 0]
+    taken = set(matrices)
+    optimizers = {"adam": adam([w for w in weights if w not in taken])}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, muon_lr)
+    return optimizers
 
 
 # ---------------- looking
@@ -238,89 +266,31 @@ def load_parts(loader, vae, more_noise, stage, step, device, s):
 def validate(ema, x, perceptual, s):
     """Mean PSNR and perceptual distance of what the EMA weights make of x (n, 3, crop, crop) from
     the posterior's mean; draws the first eight."""
-    psnr = []
+    psnr = 0.0
     perc = 0.0
     shown = []
-    for part in x.split(part_size(s)):
+    for part in x.split(s.batch):
         x_hat = ema.decode(ema.encode(part).mu)
-        psnr.append(losses.psnr(part, x_hat))
+        psnr += losses.psnr(part, x_hat).sum().item() / len(x)
         perc += perceptual(part, x_hat).item() * len(part) / len(x)
-        shown += list(x_hat)[:8 - len(shown)]
-    tiles = [losses.to_uint8(picture) for picture in [*x[:len(shown)], *shown]]
-    data.save_sheet(Path(s.run, "reconstructions.png"), tiles, len(shown),
-                    rows=["original", "reconstruction"])
-    return {"val_psnr": torch.cat(psnr).mean().item(), "val_perc": perc}
-
-
-@torch.no_grad()
-def latent_statistics(vae, crops, s, device):
-    """Mean and deviation of each latent channel, (k,), of z drawn from training crops' posteriors:
-    E[z] = E[mu], E[z^2] = E[mu^2 + sigma^2]."""
-    n = 0
-    total = 0
-    squares = 0
-    numbers = torch.arange(s.latent_pictures).split(part_size(s))
-    for part in tqdm(numbers, unit="batch", desc="latents", **data.BAR):
-        x = losses.from_uint8(torch.stack([crops[int(i)] for i in part]).to(device))
-        q = vae.encode(x)
-        mu = q.mu.cpu().double()  # (b, k, h/f, w/f)
-        variance = q.logvar.exp().cpu().double()
-        n += mu[:, 0].numel()
-        total += mu.sum(dim=(0, 2, 3))  # (k,)
-        squares += (mu.square() + variance).sum(dim=(0, 2, 3))
-    mean = total / n
-    return mean.float(), (squares / n - mean.square()).sqrt().float()
-
-
-def part_size(s):
-    """How many pictures a process has in memory at once."""
-    return s.batch // (s.accumulate * data.processes()[1])
-
-
-def log_entry(values, stage, step, s):
-    weights = dict(kl=s.lambda_kl, recon=s.lambda_recon, adv=s.lambda_adv, perc=s.lambda_perc)
-    weighted = {f"weighted_{name}": values[name] * weight for name, weight in weights.items()
-                if name in values}
-    return dict(stage=stage, step=step) | values | weighted
-
-
-def status(e, steps):
-    """One line: each term raw, and times its weight."""
-    line = f"{e['step']:7d}/{steps}  loss {e['total']:.4f}"
-    for name in ("recon", "perc", "adv", "kl"):
-        if name in e:
-            line += f"  {name} {e[name]:.4g} > {e['weighted_' + name]:.4g}"
-    line += f"  D {e['disc']:.3f} real {e['d_real']:+.2f} fake {e['d_fake']:+.2f}"
-    line += f"  grad {e['grad_vae']:.2g} {e['grad_disc']:.2g}"
-    line += f"  {e['pictures_per_second']:.0f} pictures/s"
-    if "val_psnr" in e:
-        line += f"  val {e['val_psnr']:.2f} dB, perc {e['val_perc']:.4f}"
-    return line
+        shown += list(losses.to_uint8(x_hat))[:8 - len(shown)]
+    originals = list(losses.to_uint8(x[:8]))
+    data.save_sheet(Path(s.run, "reconstructions.png"), originals + shown, len(shown))
+    return dict(val_psnr=psnr, val_perc=perc)
 
 
 # ---------------- main
 
-def print_counts(s, vae, disc):
-    data.print_settings(s, parameters=model.count(vae), encoder=model.count(vae.encoder),
-                        decoder=model.count(vae.decoder), discriminator=model.count(disc))
-
-
 def main(s):
-    stage = "04_train_vae"
     if s.dry_run:
         with torch.device("meta"):
-            disc = losses.Discriminator(s.disc_width, s.disc_layers)
-            return print_counts(s, model.build(s), disc)
-    out = Path(s.run, "vae.pt")
-    folder = Path(s.run, "data", "train")
-    data.picture_names(folder, s.crop)
-    made_from = data.parent(folder / "index.json")
-    device = data.start(s)
-    file = data.resume(s, stage, out, made_from, free={"val_pictures"})
-    vae = model.build(s).to(device)
-    disc = losses.Discriminator(s.disc_width, s.disc_layers).to(device)
-    train(s, stage, out, vae, disc, made_from, file)
-    data.finish()
+            vae = model.VAE(model.architecture(s))
+            disc = losses.Discriminator(s.disc_width)
+        return data.show(s, vae=model.count(vae), discriminator=model.count(disc))
+    device = data.pick_device(s)
+    vae = model.VAE(model.architecture(s)).to(device)
+    disc = losses.Discriminator(s.disc_width).to(device)
+    train(s, "04_train_vae", Path(s.run, "vae.pt"), vae, disc)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """Stage 5 of VIVAT: freeze the encoder, train the decoder further.
 
-Reads   RUN/vae.pt (04_train_vae.py), or with --vae any file that load_vae reads, a peer's too;
+Reads   RUN/vae.pt (04_train_vae.py), or with --vae any file that 02's load_vae reads;
         RUN/data (01_data.py).
 Writes  RUN/vae_finetuned.pt, or with --decoder denoising RUN/vae_denoising.pt;
-        RUN/reconstructions.png, RUN/log.jsonl.
+        RUN/reconstructions.png, RUN/log.jsonl, RUN/curve.png.
 Paper   Sec. 5.3; Sec. 5.2 names it as a cure of the color shift.
 
     python 05_finetune_decoder.py --preset small --run runs/mine
     python 05_finetune_decoder.py --preset small --run runs/mine --decoder denoising
 
-It is the training of 04 from its EMA weights, with new optimizers and one difference: the encoder,
-and whatever else shapes the latents, stays as it is, bit for bit. So latents of both checkpoints
-are interchangeable, and a step costs less: encoding builds no graph.
+It is the training of 04 from its EMA weights, with new optimizers, other crops and one difference:
+the encoder stays as it is, bit for bit. So latents of all these checkpoints are interchangeable.
 """
+import functools
 import importlib
+import itertools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,101 +34,179 @@ training = importlib.import_module("04_train_vae")
 
 @dataclass(frozen=True)
 class Settings(training.Training):
+    """Those of 04; the architecture is that of the file."""
     steps: int = 1_000_000  # not in the paper: as long as 04; Sec. 5.3 cites a longer stage
     vae: str = ""           # the file to start from [RUN/vae.pt]
-    peer: str = ""          # whose file --vae is, if it does not tell: flux, sd3, sd1 or sdxl
-    # not in VIVAT: a decoder that denoises, see "the neighbors"; it takes these values for 04's
-    decoder: Literal["plain", "denoising"] = "plain"  # denoising: a new one
-    unet: Literal["B", "M", "L", "XL", "H", "laptop"] = "B"  # 20 to 356, laptop 2 M parameters
-    denoise_perc: float = 0.5       # E, C.2: lambda of LPIPS
-    denoise_adv: float = 0.5        # E, C.2: lambda of the adversarial loss
-    denoise_r1: float = 0.02        # not in E, where it is lost: at 1 the discriminator goes silent
-    denoise_beta1: float = 0.0      # E, C.2: Adam
-    denoise_beta2: float = 0.999    # E, C.2: Adam
-    denoise_ema: float = 0.999      # E, C.2: decay of the averaged weights
-    denoise_warmup: int = 5000      # E, C.2: steps to the full rate
+    decoder: Literal["plain", "denoising"] = "plain"  # not in VIVAT: denoising, see "a neighbor"
+    unet: Literal["B", "M", "L", "XL", "H", "laptop"] = "B"  # its size: 20 to 356, laptop 2 M
 
 
-DEMO = dict(steps=240, val_every=120, save_every=120, muon_lr=2e-3, unet="laptop",
-            denoise_warmup=100)
-LAPTOP = DEMO | dict(steps=400, val_every=200, save_every=200)
+DEMO = training.DEMO | dict(muon_lr=2e-3, unet="laptop")
 PRESETS = {
     "paper": {},
     "small": training.SMALL | dict(steps=30_000),
-    "laptop": losses.CPU | training.LAPTOP | LAPTOP,
-    "demo": losses.CPU | training.DEMO | DEMO,
+    "laptop": DEMO | dict(batch=8, steps=400, val_every=200),
+    "demo": DEMO | dict(steps=240, val_every=120),
 }
 
 
 # ---------------- the method: frozen latents
 
-def freeze_encoder(vae, trained=("decoder.", "post_quant_conv.")):
-    """Let only weights learn whose names start with `trained`; the others shape the latents."""
-    for name, p in vae.named_parameters():
-        p.requires_grad_(name.startswith(trained))
+def freeze_encoder(vae):
+    """Let nothing learn that shapes the latents."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
     return vae
 
 
-def load_discriminator(disc, source, s):
-    """Our own discriminator goes on; a peer's file has none, so a new one learns from step 1, and
-    so does a pair's. Stops where the file's training is not over."""
-    file = data.read_checkpoint(source)
-    if "disc" not in file:
-        return
-    if file["latent_mean"] is None:
-        data.stop(f"{source} is at step {file['step']} of its training: run {file['stage']}.py to "
-                  "its end first")
-    if s.decoder == "plain":
-        try:
-            disc.load_state_dict(file["disc"])
-        except RuntimeError:
-            data.stop(f"{source} has a discriminator of other --disc-width or --disc-layers than "
-                      f"{s.disc_width} and {s.disc_layers}")
-
-
-# ---------------- the neighbors: a decoder that denoises
+# ---------------- a neighbor: a decoder that denoises
 # Not in VIVAT: pass over it on a first reading. From eps-VAE (arXiv 2410.04081, "E" here), which
 # trains the encoder along with it; here that stays as it is.
 
-def denoising_gradients(x, noise, eps, u, vae, disc, perceptual, trained, judging, s):
-    """As 04's add_gradients. What is judged is the picture that one step from x_t arrives at.
+UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention, see below
+    "B": (64, (1, 1, 2, 2, 4), 2, (3,)),
+    "M": (96, (1, 1, 2, 2, 4), 2, (3, 4)),
+    "L": (128, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
+    "XL": (128, (1, 1, 2, 2, 4), 4, (2, 3, 4)),
+    "H": (256, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
+    "laptop": (24, (1, 2, 2, 4), 1, ()),  # not in E
+}
+# E does not say where attention is. With these levels, and with blocks that change resolution and
+# six outputs as in ADM, all five counts of parameters come out to the last digit.
+OUTPUTS = 6     # as ADM, whose last three are for a variance; not used here
+GAMMA = 0.6     # E, Table 4 (f): pictures are made so much darker, so that x_t is noisier at each t
+DEVIATION = 0.5  # not in E: of a picture's values in [-1, 1], to bring x_t to deviation 1
+R1 = 0.02       # not in E, where it is lost: at 1 the discriminator goes silent
 
-    eps, u: N(0, I), (b, 3, h, w) and (b, 1, 1, 1).
+# E, C.2, in place of 04's values
+CHOSEN = dict(lambda_perc=0.5, lambda_adv=0.5, beta1=0.0, beta2=0.999)
+EMA_DECAY = 0.999
+WARMUP = 5000
+
+
+def sine_angles(positions, count):
+    """Angles (m, count) of positions (m,), at frequencies from 1 to almost 1/10,000 of a radian."""
+    steps = torch.arange(count, dtype=torch.float32, device=positions.device)
+    return positions[:, None] * torch.exp(-math.log(10_000) * steps / count)
+
+
+class Time(nn.Module):
+    """Times (b,) in [0, 1] to (b, 4 width), as in ADM."""
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(),
+                                    nn.Linear(4 * width, 4 * width), nn.SiLU())
+
+    def forward(self, t):
+        angles = sine_angles(1000 * t, self.layers[0].in_features // 2)
+        return self.layers(torch.cat([angles.cos(), angles.sin()], 1))
+
+
+class UnetBlock(nn.Module):
+    """ADM's residual block, with attention behind it where there is some. AdaGN: time gives the
+    second norm's scale and shift. resize: 0.5 halves the sides, 2 doubles them."""
+    def __init__(self, c_in, c_out, times, a, attention=False, resize=1):
+        super().__init__()
+        self.resize = resize
+        self.norm1 = model.GroupNorm(c_in, a)
+        self.conv1 = model.conv3x3(c_in, c_out, a)
+        self.time = nn.Linear(times, 2 * c_out)
+        self.norm2 = model.GroupNorm(c_out, a)
+        self.conv2 = model.conv3x3(c_out, c_out, a)
+        nn.init.zeros_(self.conv2.weight)  # as in ADM: a block begins as its shortcut
+        nn.init.zeros_(self.conv2.bias)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attn = model.AttnBlock(c_out, model.GroupNorm, a) if attention else nn.Identity()
+
+    def resized(self, x):
+        if self.resize == 0.5:
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resize == 2 else x
+
+    def forward(self, x, c):  # (b, c_in, ., .), (b, times)
+        y = self.conv1(self.resized(F.silu(self.norm1(x))))
+        scale, shift = self.time(c)[..., None, None].chunk(2, 1)  # (b, c_out, 1, 1)
+        y = self.conv2(F.silu(self.norm2(y) * (1 + scale) + shift))
+        return self.attn(y + self.nin_shortcut(self.resized(x)))  # (b, c_out, ., .)
+
+
+class DenoisingDecoder(nn.Module):
+    """In place of a Decoder: from noise, latents z (b, k, h/f, w/f) to pictures (b, 3, h, w).
+
+    x_t = (1 - t) gamma x + t noise is the noisy picture. A U-Net: `down` halves the sides level by
+    level, `up` doubles them again, and each block of `up` that does not resize is handed what one
+    block of `down` made, the last one first.
     """
-    t = torch.sigmoid(u)  # not in E: with mean 0 and deviation 1; it says logit-normal
-    y = model.GAMMA * x
-    x_t = (1 - t) * y + t * eps
-    with data.autocast(x.device, s):
-        with torch.no_grad():
-            z = vae.encode(x).sample(noise)
-        v = vae.decoder.velocity(x_t, t, z).float()
-    x_hat = (x_t - t * v) / model.GAMMA  # E, Eq. 10
-    share = 1 / (s.accumulate * data.processes()[1])
+    def __init__(self, a, unet):
+        super().__init__()
+        width, mult, blocks, attention = UNETS[unet]
+        # not in E: zeros as in ADM; reflect is 1.2 dB worse
+        a = replace(a, groups=math.gcd(32, width), padding="zeros")
+        self.factor = 2 ** (len(a.width_mult) - 1)
+        self.multiple = max(self.factor, 2 ** (len(mult) - 1))
+        self.steps = 3  # E, Table 4 (g)
+        make = functools.partial(UnetBlock, times=4 * width, a=a)
+        self.time = Time(width)
+        self.conv_in = model.conv3x3(3 + a.latent_channels, width, a)
+        self.down = nn.ModuleList()
+        c = width
+        kept = [c]  # channels of what `up` will be handed
+        for i, m in enumerate(mult):
+            for _ in range(blocks):
+                self.down.append(make(c, width * m, attention=i in attention))
+                c = width * m
+                kept.append(c)
+            if i < len(mult) - 1:
+                self.down.append(make(c, c, resize=0.5))
+                kept.append(c)
+        self.mid = nn.ModuleList([make(c, c, attention=True), make(c, c)])
+        self.up = nn.ModuleList()
+        for i, m in reversed(list(enumerate(mult))):
+            for _ in range(blocks + 1):
+                self.up.append(make(c + kept.pop(), width * m, attention=i in attention))
+                c = width * m
+            if i > 0:
+                self.up.append(make(c, c, resize=2))
+        self.norm_out = model.GroupNorm(c, a)
+        self.conv_out = model.conv3x3(c, OUTPUTS, a)
 
-    x.requires_grad_()
-    real = disc(x, x_t, t)
-    fake = disc(x_hat, x_t, t)
-    slope, = torch.autograd.grad(real.sum(), x, create_graph=True)
-    r1 = slope.square().mean()  # not in E: a mean over values, so that no size matters
-    x = x.detach()
-    disc_loss = losses.discriminator_loss(real, fake, "log") + 0.5 * s.denoise_r1 * r1
-    (share * disc_loss).backward(inputs=judging, retain_graph=True)
+    def velocity(self, x_t, t, z):
+        """x_t (b, 3, h, w), t (b, 1, 1, 1), z (b, k, h/f, w/f); gives (b, 3, h, w)."""
+        # not in E: read as in Chen, 2023: gamma scales the picture, before noise is added
+        deviation = ((1 - t).square() * (GAMMA * DEVIATION) ** 2 + t.square()).sqrt()
+        z = F.interpolate(z, size=x_t.shape[2:], mode="nearest")  # (b, k, h, w)
+        c = self.time(t.flatten())
+        x = self.conv_in(torch.cat([x_t / deviation, z], 1))  # (b, width, h, w)
+        kept = [x]
+        for block in self.down:
+            x = block(x, c)
+            kept.append(x)
+        for block in self.mid:
+            x = block(x, c)
+        for block in self.up:
+            x = block(x if block.resize == 2 else torch.cat([x, kept.pop()], 1), c)
+        return self.conv_out(F.silu(self.norm_out(x)))[:, :3]  # (b, 3, h, w)
 
-    recon = (v - (eps - y)).square().mean()  # E, Eq. 9
-    adv = F.softplus(-fake).mean()  # E, Eq. 12 for the decoder, non-saturating: -log D
-    perc = perceptual(x, x_hat)
-    total = losses.total_loss(0.0, recon, adv, perc, s)
-    (share * total).backward(inputs=trained)
-    return dict(total=total, recon=recon, adv=adv, perc=perc, r1=r1,
-                disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
+    def forward(self, z):
+        """From noise, the same for each picture, by Euler's method."""
+        shape = (1, 3, z.shape[2] * self.factor, z.shape[3] * self.factor)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(2024))
+        x_t = noise.to(z.device).expand(len(z), -1, -1, -1)
+        # E, Eq. 13 with m = 1, n = 100: close to each other where there is most noise; in three
+        # steps 1, 0.92, 0.77, 0
+        times = (100 - 99 * torch.arange(self.steps + 1) / self.steps).log() / math.log(100)
+        for now, after in itertools.pairwise(times.to(z.device)):
+            t = now.expand(len(z), 1, 1, 1)
+            x_t = x_t + (after - now) * self.velocity(x_t, t, z).float()
+        return x_t / GAMMA
 
 
 class PairDiscriminator(losses.Discriminator):
     """03's PatchGAN of pairs: a picture or its estimate, and the x_t it belongs to. Time gives
     each norm's scale and shift (AdaGN)."""
-    def __init__(self, width, layers):
-        super().__init__(width, layers, channels=6)
-        self.time = model.Time(width)
+    def __init__(self, width):
+        super().__init__(width, channels=6)
+        self.time = Time(width)
         norms = [layer for layer in self.main if isinstance(layer, nn.GroupNorm)]
         self.ada = nn.ModuleList(nn.Linear(4 * width, 2 * norm.num_channels) for norm in norms)
 
@@ -142,46 +222,98 @@ class PairDiscriminator(losses.Discriminator):
         return x  # (b, 1, h', w')
 
 
-def denoising_settings(s):
-    """The settings, with the denoising decoder's values for 04's."""
-    if s.compile:
-        data.stop("--compile is for --decoder plain")
-    return replace(s, lambda_perc=s.denoise_perc, lambda_adv=s.denoise_adv, beta1=s.denoise_beta1,
-                   beta2=s.denoise_beta2, ema_decay=s.denoise_ema, warmup=s.denoise_warmup)
+def denoising_losses(x, vae, disc, perceptual, step, s):
+    """As 04's compute_losses. What is judged is the picture that one step from x_t arrives at."""
+    eps = torch.randn_like(x)
+    t = torch.sigmoid(torch.randn(len(x), 1, 1, 1, device=x.device))  # E: logit-normal
+    y = GAMMA * x
+    x_t = (1 - t) * y + t * eps
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+        with torch.no_grad():
+            z = vae.encode(x).sample()
+        v = vae.decoder.velocity(x_t, t, z).float()
+    x_hat = (x_t - t * v) / GAMMA  # E, Eq. 10
+
+    x = x.detach().requires_grad_()  # for R1, the slope of the verdict on real pictures
+    real = disc(x, x_t, t)
+    fake = disc(x_hat, x_t, t)
+    slope, = torch.autograd.grad(real.sum(), x, create_graph=True)
+    r1 = slope.square().mean()  # not in E: a mean over values, and of the picture alone
+    x = x.detach()
+    disc_loss = losses.discriminator_loss(real, fake, "log") + 0.5 * R1 * r1
+
+    recon = (v - (eps - y)).square().mean()  # E, Eq. 9
+    adv = F.softplus(-fake).mean()  # E, Eq. 12 for the decoder, non-saturating: -log D
+    perc = perceptual(x, x_hat)
+    total = losses.total_loss(0.0, recon, adv, perc, 0.0, s)
+    return total, disc_loss, dict(total=total, recon=recon, adv=adv, perc=perc, r1=r1,
+                                  disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
+
+
+def give_denoising_decoder(vae, unet):
+    vae.decoder = DenoisingDecoder(vae.architecture, unet)
+    vae.multiple = vae.decoder.multiple
+
+
+def load_vae(path, device="cpu"):
+    """02's load_vae, which so knows both decoders; for 06 and 07."""
+    def adapt(vae, checkpoint):
+        if checkpoint.get("settings", {}).get("decoder") == "denoising":
+            give_denoising_decoder(vae, checkpoint["settings"]["unet"])
+
+    return model.load_vae(path, device, adapt)
 
 
 # ---------------- main
 
+def denoising_settings(s):
+    # not in E: for shorter runs a shorter warm-up and average
+    return replace(s, **CHOSEN, ema_decay=min(EMA_DECAY, s.ema_decay),
+                   warmup=min(WARMUP, s.steps // 10))
+
+
+def refuse_idle_flags(s):
+    """Stop where a flag would change nothing: no preset of this stage sets these."""
+    idle = ["lambda_kl", "regularizer", "lambda_ve", "kl_warmup", "free_bits"]
+    if s.decoder == "denoising":
+        idle += ["gan_loss", "compile", "warmup", *CHOSEN]
+    for name in idle:
+        if getattr(s, name) != getattr(Settings, name):
+            data.fail(f"--{name.replace('_', '-')} changes nothing for a {s.decoder} decoder alone")
+
+
 def main(s):
-    denoising = s.decoder == "denoising"
-    stage = "05_denoising_decoder" if denoising else "05_finetune_decoder"
+    refuse_idle_flags(s)
     source = Path(s.vae or Path(s.run, "vae.pt"))
-    out = Path(s.run, "vae_denoising.pt" if denoising else "vae_finetuned.pt")
-    if denoising:
-        s = denoising_settings(s)
     if s.dry_run and not source.exists():  # nothing to count yet
-        return data.print_settings(s)
+        return data.show(s)
     # not in the paper: it starts from the EMA weights, which are what 04 is for
-    vae = freeze_encoder(model.load_vae(source, peer=s.peer))
-    if isinstance(vae.decoder, model.DenoisingDecoder):
-        data.stop(f"{source} has a denoising decoder: start from the file that it was made from")
+    vae = freeze_encoder(model.load_vae(source))
+    checkpoint = data.read_checkpoint(source, "")
     torch.manual_seed(s.seed)  # what is new starts alike in all processes
-    variant = {}
-    if denoising:
-        variant = dict(add=denoising_gradients, more_noise=[(3, s.crop, s.crop), (1, 1, 1)])
-        vae = freeze_encoder(model.let_denoise(vae, s.unet), trained="decoder.")
-        disc = PairDiscriminator(s.disc_width, s.disc_layers)
+    if s.decoder == "denoising":
+        s = denoising_settings(s)
+        variant = dict(compute=denoising_losses, fresh=True)
+        stage = "05_denoising_decoder"
+        out = Path(s.run, "vae_denoising.pt")
+        give_denoising_decoder(vae, s.unet)
+        disc = PairDiscriminator(s.disc_width)
     else:
-        disc = losses.Discriminator(s.disc_width, s.disc_layers)
+        variant = dict(compute=training.compute_losses, fresh=False)
+        stage = "05_finetune_decoder"
+        out = Path(s.run, "vae_finetuned.pt")
+        disc = losses.Discriminator(s.disc_width)
+        if "disc" in checkpoint:  # not in the paper: ours goes on; others' files have none
+            try:
+                disc.load_state_dict(checkpoint["disc"])
+            except RuntimeError:
+                data.fail(f"{source} has a discriminator of another --disc-width")
     if s.dry_run:
-        return training.print_counts(s, vae, disc)
-    data.picture_names(Path(s.run, "data", "train"), s.crop)
-    made_from = data.parent(source)
-    device = data.start(s)
-    file = data.resume(s, stage, out, made_from, free={"val_pictures", "vae"})
-    load_discriminator(disc, source, s)
-    training.train(s, stage, out, vae.to(device), disc.to(device), made_from, file, **variant)
-    data.finish()
+        return data.show(s, vae=model.count(vae), discriminator=model.count(disc))
+    print(f"from {source}, step {checkpoint.get('step', 'unknown')}")
+    device = data.pick_device(s)
+    training.train(s, stage, out, vae.to(device), disc.to(device), **variant,
+                   parent=data.file_hash(source))
 
 
 if __name__ == "__main__":

@@ -1,193 +1,167 @@
-"""Shared by all tests: the scripts as modules, a prepared data folder, and a runner for command lines. CPU, offline, tiny."""
+"""Shared by all tests: the scripts as modules, scenes prepared once, and processes that can be
+killed. CPU, offline, tiny."""
 import importlib
+import json
 import multiprocessing
 import os
-import pickle
-import runpy
-import subprocess
+import re
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # before torch: bits are compared, so these tests want the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: bits are compared, so tests want the CPU
+os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"                       # transformers, where it is installed, would ask the network several times
 torch.set_num_threads(1)
 
+data = importlib.import_module("01_data")
+model = importlib.import_module("02_model")
+losses = importlib.import_module("03_losses")
+training = importlib.import_module("04_train_vae")
+finetuning = importlib.import_module("05_finetune_decoder")
+evaluation = importlib.import_module("06_eval")
+dit = importlib.import_module("07_train_dit")
 
-@pytest.fixture(scope="session")
-def data():
-    return importlib.import_module("01_data")
-
-
-@pytest.fixture(scope="session")
-def model():
-    return importlib.import_module("02_model")
-
-
-@pytest.fixture(scope="session")
-def losses():
-    return importlib.import_module("03_losses")
-
-
-@pytest.fixture(scope="session")
-def train():
-    return importlib.import_module("04_train_vae")
+SMALL = dict(width=8, groups=4, res_blocks=1, attention_levels=())
+TRAIN = dict(crop=32, batch=4, disc_width=8, lr=1e-3, muon_lr=0.0, lr_decay=0.0, log_every=1,
+             val_every=2, val_pictures=2, workers=0, perceptual_net="untrained", device="cpu")
+NETWORK = dict(width=48, ff_width=96, time_width=24, blocks=2, refiner_blocks=1,
+               rope_axes=(4, 10, 10), text_width=32, pooled_width=32, text_length=12,
+               text_encoder="bytes")
+DIT = NETWORK | dict(size=48, batch=8, lr=1e-3, warmup=2, ema_decay=0.9, precision="fp32",
+                     log_every=1, val_every=2, sample_steps=2, clip_score="", workers=0,
+                     device="cpu")
 
 
 @pytest.fixture(scope="session")
-def prepared(data, tmp_path_factory):
+def prepared(tmp_path_factory):
     """A run folder with 24 scenes of shorter side 48 in data/."""
     run = tmp_path_factory.mktemp("prepared")
-    data.main(data.Settings(run=str(run), count=24, resize=48, val_share=0.3, workers=0))
+    data.main(data.Settings(run=str(run), count=24, min_side=48, resize=48, val_share=0.3,
+                            workers=0))
     return run
 
 
 @pytest.fixture
-def run(prepared, tmp_path):
-    """A fresh run folder that shares the prepared pictures."""
-    (tmp_path / "data").symlink_to(prepared / "data")
-    return tmp_path
+def new_run(prepared, tmp_path):
+    """A function that makes run folders, which share the prepared pictures."""
+    def make(name="run"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "data").symlink_to(prepared / "data")
+        return run
+
+    return make
 
 
-def command(*args, check=None, env=None, timeout=120):
-    """Run a script as a user would; returns the finished process, and fails unless its exit code is `check`."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
+@pytest.fixture
+def run(new_run):
+    return new_run()
 
 
-def torchrun(*args):
-    """A script on two processes (gloo)."""
-    command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", *args, check=0, timeout=150)
+def vae_settings(run, **more):
+    return training.Settings(**(SMALL | TRAIN | dict(run=str(run), steps=4) | more))
 
 
-# Forked from a process that has PyTorch imported already: each start would take seconds.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torchvision.transforms.v2.functional", "lpips"])
+def decoder_settings(run, **more):
+    return finetuning.Settings(**(TRAIN | dict(run=str(run), steps=4, unet="laptop") | more))
 
 
-def started(line, printed):
-    """A script in a process of its own, in a session of its own, as `python *line` would run it.
-    What it prints goes into the file `printed`."""
-    process = SERVER.Process(target=run_script, args=(list(map(str, line)), str(printed)))
+def dit_settings(run, **more):
+    return dit.Settings(**(DIT | dict(run=str(run), steps=4) | more))
+
+
+def small_vae(path=None, **more):
+    """A VAE with random weights, and its checkpoint as 04 writes it."""
+    torch.manual_seed(1)
+    a = model.Architecture(**(SMALL | more))
+    vae = model.VAE(a).eval()
+    if path:
+        torch.save(dict(settings={}, step=1, architecture=vars(a), ema=vae.state_dict()), path)
+    return vae
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def log(run, stage):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
+
+
+def same(a, b, path=""):
+    """Two checkpoints, or parts of them, bit for bit, but for the settings."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"settings"}:
+            same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            same(*pair, f"{path}/{i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def refused(call, capsys):
+    """The sentence with which `call` stops; it must exit with 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    assert stop.value.code == 2
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    return [line for line in lines if line.strip() and "/s]" not in line][-1]  # less progress bars
+
+
+# ---------------- processes
+
+FORK = multiprocessing.get_context("fork")  # so that nothing is imported again
+
+
+def start(stage, s, **environment):
+    """A stage in a process of its own."""
+    def work():
+        os.environ.update(environment)
+        sys.stderr = open(os.devnull, "w")
+        stage.main(s)
+
+    process = FORK.Process(target=work)
     process.start()
     return process
 
 
-def run_script(line, printed):
-    os.setsid()
-    os.chdir(ROOT)
-    with open(printed, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    sys.argv = line
-    code = 0
-    try:
-        runpy.run_path(line[0], run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    # Raised anew: the first one's traceback would keep the loader, and its workers, alive.
-    raise SystemExit(code)
+def stop_at(stage, s, step, number):
+    """Run a stage, and send it a signal when its log has `step`; its exit code."""
+    process = start(stage, s)
+    path = Path(s.run, "log.jsonl")
+    while process.is_alive() and not (path.exists() and f'"step": {step},' in path.read_text()):
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join(60)
+    return process.exitcode
 
 
-def finished(process, printed, code=0):
-    """Wait for its end; it must exit with `code`. Returns what it printed."""
-    process.join(120)
-    text = Path(printed).read_text()
-    assert process.exitcode == code, text[-3000:]
-    return text
+def kill_and_go_on(stage, s, step):
+    assert stop_at(stage, s, step, signal.SIGKILL) == -signal.SIGKILL
+    stage.main(s)
 
 
-def killed(line, run, counts):
-    """Run a command line again and again, and kill -9 it when RUN/log.jsonl has so many lines; the
-    last time it may end."""
-    log = Path(run, "log.jsonl")
-    printed = Path(run, "printed.txt")
-    for count in counts:
-        process = started(line, printed)
-        while process.is_alive() and (not log.exists() or len(log.read_text().splitlines()) < count):
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-    finished(started(line, printed), printed)
-
-
-# ---------------------------------------------------------------- beside the tests
-# Some tests do little but wait for processes of their own. What they wait for begins with the
-# session, in one more process, so that both cores work; the tests themselves come last.
-
-JOBS = {}  # {test: its job, a function of a fresh run folder}
-
-
-def beside(job):
-    """Decorate a test that asks for `outcome`: (run, what job(run) returned)."""
-    def keep(test):
-        JOBS[test] = job
-        return test
-    return keep
-
-
-def has_job(item):
-    return item.function in JOBS
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=has_job)
-
-
-def run_jobs(jobs):
-    for fd in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-    for job, run in jobs:
-        try:
-            outcome = job(run), None
-        except BaseException as error:
-            outcome = None, f"{type(error).__name__}: {error}"
-        (run / "outcome.tmp").write_bytes(pickle.dumps(outcome))
-        (run / "outcome.tmp").rename(run / "outcome")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def jobs(request, tmp_path_factory):
-    """{test: (its run folder, the process that all jobs run in)}."""
-    tests = [item.function for item in request.session.items if has_job(item)]
-    if not tests:
-        yield {}
-        return
-    prepared = request.getfixturevalue("prepared")
-    runs = {}
-    for test in tests:
-        runs[test] = tmp_path_factory.mktemp(test.__name__)
-        (runs[test] / "data").symlink_to(prepared / "data")
-    process = SERVER.Process(target=run_jobs, args=([(JOBS[test], runs[test]) for test in tests],))
-    process.start()
-    yield {test: (run, process) for test, run in runs.items()}
-    process.kill()
-    process.join()
-
-
-@pytest.fixture
-def outcome(request, jobs):
-    run, process = jobs[request.function]
-    while not (run / "outcome").exists():
-        assert process.is_alive()
-        time.sleep(0.05)
-    result, error = pickle.loads((run / "outcome").read_bytes())
-    assert error is None, error
-    return run, result
-
-
-def refused(call, capsys):
-    """The one sentence with which `call` stops; it must exit with 2."""
-    with pytest.raises(SystemExit) as stop:
-        call()
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.strip().splitlines() if "/s]" not in line]       # less progress bars
-    return lines[-1]
+def on_processes(world, stage, s):
+    """A stage as torchrun starts it, on so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = [start(stage, s, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world)]
+    for process in group:
+        process.join(120)
+    assert [process.exitcode for process in group] == [0] * world
