@@ -14,6 +14,7 @@ use and no paper speaks of.
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -55,6 +56,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class TrainingRun(Run):
+    """The same for the stages that train."""
+    muon_lr: float = 0.0   # not in the paper: above 0, Muon for matrices; for short runs
+    lr_decay: float = 0.0  # not in the paper: last share of the steps, where rates fall to 0
+    accumulate: int = 1    # parts that a process cuts its share of a batch into, for memory
+    compile: bool = False  # torch.compile the network
+    log_every: int = 100   # steps between two lines of the log
+
+
+@dataclass(frozen=True)
 class Settings(Run):
     images: str = "synthetic"  # a folder; Sec. 5.1: LAION Aesthetic HighRes
     min_side: int = 720        # Sec. 5.1: HD sources; a shorter side below this is rejected
@@ -66,10 +77,9 @@ class Settings(Run):
     count: int = 10_000        # scenes to draw, of height --min-side, where no folder is given
 
 
-# Without --preset it is demo. On a CPU the paper's 480 and 240 are divided by about four.
-CPU = dict(min_side=360, resize=128)
-PRESETS = {"paper": {}, "small": dict(count=20_000), "laptop": CPU,
-           "demo": CPU | dict(count=2200, val_share=0.03)}
+# Without --preset it is demo, which divides the paper's 480 and 240 by about four.
+PRESETS = {"paper": {}, "small": dict(count=20_000),
+           "demo": dict(min_side=360, resize=128, count=2200, val_share=0.03)}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever a file's name says
 
@@ -91,11 +101,8 @@ def center_crop(im, side):
 
 
 class Crops(Dataset):
-    """Random crops of the training pictures, uint8 (3, crop, crop), mirrored half of the time.
-
-    Crop n follows from (stage, seed, n) alone, so a resumed run sees what the whole one would have.
-    There are no epochs: pictures are drawn with replacement.
-    """
+    """Random crops of the training pictures, drawn with replacement: uint8 (3, crop, crop). Crop n
+    follows from (stage, seed, n) alone, so a resumed run sees what the whole one would have."""
     def __init__(self, run, crop, stage, seed):
         self.files = [picture["file"] for picture in read_list(run, "train", crop)]
         self.crop = crop
@@ -104,7 +111,7 @@ class Crops(Dataset):
     def __getitem__(self, n):
         rng = random.Random(f"{self.key}/{n}")
         im = Image.open(rng.choice(self.files))
-        # not in the paper: where the crop lies, and mirroring; both are random
+        # not in the paper: where the crop lies, and mirroring half of them
         left = rng.randint(0, im.width - self.crop)
         top = rng.randint(0, im.height - self.crop)
         x = pil_to_tensor(im.crop((left, top, left + self.crop, top + self.crop)))
@@ -151,31 +158,29 @@ def find_pictures(folder):
 # ---------------- one picture in, one picture out
 
 def name_hash(source, s):
-    """Hexadecimal digits that follow from a picture's place in its folder, or a scene's number."""
+    """16 hexadecimal digits of a picture's place in its folder, or of a scene's number."""
     name = f"scene {source}" if isinstance(source, int) else os.path.relpath(source, s.images)
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
-def name_number(source, s):
-    """A number in [0, 1) that follows from the name, so that a picture's split never changes."""
-    return int(name_hash(source, s), 16) / 16 ** 16
-
-
-def prepare(source, s):
-    """Filter, resize and store one picture, given as a path or as the number of a scene. Returns
-    its list ("train", "val" or "rejected"), and its line there."""
-    split = "val" if name_number(source, s) < s.val_share else "train"
+def prepare(source, s, val_below):
+    """Filter, resize and store one picture, a path or the number of a scene. Returns its list
+    ("train", "val" or "rejected"), and its line there."""
     key = name_hash(source, s)
-    file_name = f"{key[:2]}/{key}.webp"  # 256 folders, so that millions can still be listed
+    split = "val" if key < val_below else "train"  # it follows from the name alone
+    # Other settings make other files.
+    made = f"{key} {s.seed} {s.min_side} {s.resize} {s.interpolation}"
+    digits = hashlib.sha256(made.encode()).hexdigest()[:16]
+    file_name = f"{digits[:2]}/{digits}.webp"  # 256 folders, so that millions can still be listed
     stored = Path(s.run, "data", split, file_name)
     scene = isinstance(source, int)
     try:
         if scene:
-            caption, score = scene_caption(s.seed, source, split), None
+            caption = scene_caption(s.seed, source, split)
         else:
             caption, score = read_caption(source)
-        if score is not None and score <= s.min_score:
-            raise ValueError(f"aesthetic score {score:g} is not above {s.min_score:g}")
+            if score is not None and score <= s.min_score:
+                raise ValueError(f"aesthetic score {score:g} is not above {s.min_score:g}")
         line = {"file_name": file_name, "text": caption}
         if stored.exists():
             return split, line
@@ -184,42 +189,31 @@ def prepare(source, s):
             raise ValueError(f"shorter side of {im.width}x{im.height} is below {s.min_side}")
         im = resize_shorter(im, s.resize, s.interpolation)
     except Exception as error:  # one bad file of a million stops nothing
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        return "rejected", {"source": str(source), "reason": reason}
-    # In this form WebP is lossless, smaller than PNG and written in half the time. A full disk is
-    # no fault of the picture: it ends the run.
+        return "rejected", {"source": str(source), "reason": f"{type(error).__name__}: {error}"}
+    # Lossless, smaller than PNG, written in half the time. A full disk ends the run.
     write_aside(stored, lambda f: im.save(f, "WEBP", lossless=True, quality=0, method=0))
     return split, line
 
 
 def open_picture(path):
-    """A PIL picture: sRGB, upright, transparency over white. Raises ValueError or Pillow's errors.
-    """
+    """A PIL picture: sRGB, upright, transparency over white. Raises what Pillow raises."""
     im = Image.open(path, formats=FORMATS)
     if im.mode[0] in "IF":  # Pillow would clip it, and does not say what white is
-        raise ValueError(f"more than 8 bits per value (Pillow's mode {im.mode}): convert it first")
+        raise ValueError(f"more than 8 bits per value (mode {im.mode}): convert it first")
     profile = im.info.get("icc_profile")
     im = ImageOps.exif_transpose(im)
     if im.has_transparency_data:
         im = im.convert("RGBA")
     elif im.mode == "P":
         im = im.convert("RGB")
-    if profile:
-        im = to_srgb(im, profile)
+    if profile:  # phones take Display P3
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # broken, or for another mode
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            im = ImageCms.profileToProfile(im, source, ImageCms.createProfile("sRGB"),
+                                           outputMode="RGBA" if im.mode == "RGBA" else "RGB")
     if im.mode == "RGBA":
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
-
-
-def to_srgb(im, profile):
-    """From the colors of the file's own ICC profile (phones take Display P3) to sRGB."""
-    mode = "RGBA" if im.mode == "RGBA" else "RGB"
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(im, source, srgb, outputMode=mode)
-    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for another mode
-        return im
 
 
 def read_caption(path):
@@ -230,11 +224,9 @@ def read_caption(path):
     caption = meta.get("caption")
     if path.with_suffix(".txt").is_file():
         caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
-    caption = caption.strip() if isinstance(caption, str) else ""
-    for key, value in meta.items():
-        if key.lower().startswith("aesthetic") and isinstance(value, (int, float)):
-            return caption, value
-    return caption, None
+    scores = [value for key, value in meta.items()
+              if key.lower().startswith("aesthetic") and isinstance(value, (int, float))]
+    return caption.strip() if isinstance(caption, str) else "", scores[0] if scores else None
 
 
 # ---------------- scenes, for trying things out without a download
@@ -244,13 +236,12 @@ COLORS = {"red": (220, 45, 40), "yellow": (240, 205, 50), "green": (50, 165, 70)
 # Corners, and how far from the middle the outline is halfway between two of them.
 SHAPES = {"circle": (30, 1.0), "square": (4, 0.707), "triangle": (3, 0.5), "star": (5, 0.42)}
 PATTERNS = ("plain", "striped", "checkered", "dotted")
-# These pairs of color and shape are all that data/val shows, and data/train never does. So 07 draws
-# from prompts whose color and shape it has not seen together.
+# Pairs of color and shape that data/val shows, and only it: 07's prompts ask for what is new.
 HELD_OUT = (("red", "circle"), ("yellow", "square"), ("green", "triangle"), ("cyan", "star"))
 
 
 def choose(seed, index, split):
-    """What scene number `index` shows, and the generator that goes on to draw it."""
+    """What scene number `index` shows, and the generator to draw it with."""
     rng = random.Random(f"scene/{seed}/{index}")
     while True:
         color, ground = rng.sample(list(COLORS), 2)
@@ -310,49 +301,32 @@ def main(s):
     if s.dry_run:
         return show(s)
     if not 0 < s.resize <= s.min_side:
-        fail(f"--resize {s.resize} must lie between 1 and --min-side {s.min_side}: enlarged "
-             "pictures lack the detail that Sec. 5.1 asks for")
+        fail(f"--resize {s.resize} must lie between 1 and --min-side {s.min_side} (Sec. 5.1)")
     sources = list(range(s.count))
     if s.images != "synthetic":
         sources = find_pictures(s.images)
-    s = dataclasses.replace(s, val_share=keep_settings(sources, s))
-
+    # A share of all hashes; of a small folder five pictures, or a quarter.
+    keys = sorted(name_hash(source, s) for source in sources)
+    handful = keys[min(5, len(keys) // 4)]
+    val_below = max(f"{int(s.val_share * 16 ** 8):08x}", handful)
     lists = {"train": [], "val": [], "rejected": []}
     # Its processes call prepare() on one source at a time.
-    loader = DataLoader(sources, batch_size=None, collate_fn=functools.partial(prepare, s=s),
+    work = functools.partial(prepare, s=s, val_below=val_below)
+    loader = DataLoader(sources, batch_size=None, collate_fn=work,
                         num_workers=min(s.workers, os.cpu_count()))
-    for name, line in tqdm(loader, unit="picture", **BAR):
+    for name, line in tqdm(loader, unit="picture"):
         lists[name].append(json.dumps(line, ensure_ascii=False) + "\n")
     folder = Path(s.run, "data")
     write_text(folder / "rejected.jsonl", "".join(lists["rejected"]))
     print(f"{folder}: " + ", ".join(f"{name} {len(lines)}" for name, lines in lists.items()))
     if not lists["train"] or not lists["val"]:
-        fail("one list is empty (rejected.jsonl has reasons): give more pictures, or another "
-             "--val-share with a new --run")
+        fail("train or val is empty (rejected.jsonl has reasons): give more pictures")
     for split in ("train", "val"):
         write_text(folder / split / "metadata.jsonl", "".join(sorted(lists[split])))
 
 
-def keep_settings(sources, s):
-    """Refuse other settings than those of the stored pictures. Returns val_share, which is raised
-    at first where it would be next to nothing of a small folder."""
-    path = Path(s.run, "data", "settings.json")
-    if path.exists():
-        kept = json.loads(path.read_text())
-        check_settings(kept, asdict(s), {"run", "device", "workers", "dry_run", "count"}, path)
-        return kept["share_kept"]
-    handful = min(5, len(sources) // 4)
-    smallest = sorted(name_number(source, s) for source in sources)
-    share = max(s.val_share, smallest[handful]) if handful else s.val_share
-    write_text(path, json.dumps(asdict(s) | {"share_kept": share}, indent=1))
-    return share
-
-
 # ================ the shelf
 # What all stages use: skip it on a first reading.
-
-BAR = dict(dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20)  # fewer log lines
-
 
 def fail(sentence):
     """Bad input: one sentence on stderr, exit code 2, no traceback."""
@@ -360,11 +334,19 @@ def fail(sentence):
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def needs(what):
+    """Around what may fail for want of a package or a file: says what it needs."""
+    try:
+        yield
+    except Exception as error:  # no package, no network, half a file: many kinds
+        fail(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+
 # ---------------- shelf: the command line
 
 def parse_cli(Settings, presets, doc, argv=None):
-    """A Settings from the command line: default < preset < flag. The comment behind a field is its
-    help text."""
+    """A Settings from the command line: default < preset < flag. Comments are the help texts."""
     notes = {}
     for cls in reversed(Settings.__mro__[:-1]):
         notes |= dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
@@ -389,17 +371,9 @@ def parse_cli(Settings, presets, doc, argv=None):
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def command_line(main, Settings, presets, doc):
-    """What a script does when it is called."""
-    try:
-        main(parse_cli(Settings, presets, doc))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except RuntimeError:
-        if not INTERRUPTS or processes()[0] == 0:
-            raise
-        raise SystemExit(130) from None  # the first process has saved, and is gone
+def part(cls, s):
+    """The fields of a dataclass among a stage's settings."""
+    return cls(**{field.name: getattr(s, field.name) for field in dataclasses.fields(cls)})
 
 
 def show(s, **parameters):
@@ -419,7 +393,7 @@ def check_settings(before, now, free, path):
 # ---------------- shelf: files
 
 def write_aside(path, write):
-    """Write to a file beside `path`, then rename it: nobody ever sees half a file."""
+    """Write beside `path`, then rename: nobody ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     with open(aside, "wb") as f:
@@ -433,28 +407,24 @@ def write_text(path, text):
 
 
 def read_checkpoint(path, remedy):
-    """The dict in a checkpoint, ours or anybody's; stops with the remedy where there is none."""
+    """The dict in a checkpoint, ours or others'; stops with the remedy where there is none."""
     if not Path(path).is_file():
         fail(f"{path} is missing: {remedy}")
     with open(path, "rb") as f:
-        safetensors = f.read(9)[8:] == b"{"  # its header is a length, then JSON
-    try:
-        if safetensors:
+        safetensors = f.read(9)[8:] == b"{"  # it begins with a length, then JSON
+    if safetensors:
+        with needs(f"{path} needs pip install safetensors"):
             return importlib.import_module("safetensors.torch").load_file(path)
-        # Lightning leaves classes beside weights: all but tensors and the like become Stubs.
+    with needs(f"{path} cannot be read as weights: {remedy}"):
+        # Lightning leaves classes beside weights: all but tensors and the like become stubs.
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Stub, name) for name in unknown]):
+        with torch.serialization.safe_globals([(stub, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        fail(f"{path} needs the safetensors package: pip install safetensors")
-    except Exception as error:
-        fail(f"{path} cannot be read as weights ({type(error).__name__}): {remedy}")
 
 
-class Stub(dict):
-    """Stands for any class in others' checkpoints: nothing of theirs is ever run."""
-    def __init__(self, *args):
-        super().__init__()
+def stub(*args):
+    """In place of any class in others' checkpoints: none of theirs is ever run."""
+    return {}
 
 
 def file_hash(path):
@@ -493,7 +463,7 @@ def processes():
 
 
 def average(tensors):
-    """Replace each tensor by its mean over processes; in one order, so that rounding repeats."""
+    """Make each tensor its mean over processes; in one order, so that rounding repeats."""
     if dist.is_initialized():
         for v in tensors:
             dist.all_reduce(v)
@@ -501,7 +471,7 @@ def average(tensors):
 
 
 def part_size(s):
-    """How many pictures a process has in memory at once: its share of a batch, cut into parts."""
+    """Pictures that a process has in memory at once: its share of a batch, cut into parts."""
     size, rest = divmod(s.batch, processes()[1] * s.accumulate)
     if size < 1 or rest:
         fail(f"--batch {s.batch} must be a multiple of {processes()[1]} processes times "
@@ -510,26 +480,24 @@ def part_size(s):
 
 
 def seed_step(s, stage, step):
-    """All that a process draws in a step becomes a function of (stage, seed, step, process)."""
+    """Make all that is drawn in a step a function of (stage, seed, step, process)."""
     key = f"{stage}/{s.seed}/{step}/{processes()[0]}"
     torch.manual_seed(random.Random(key).getrandbits(32))
 
 
 # ---------------- shelf: saving, resuming and stopping
 
-# What may change when a run goes on: where it runs, how one looks at it, the way out of a NaN.
-FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "checkpointing",
-        "precision", "lr", "muon_lr", "clip_norm", "log_every", "val_every", "val_pictures",
+# What may change when a run goes on: where it runs, how one looks at it, ways out of a NaN.
+FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precision",
+        "lr", "muon_lr", "clip_norm", "log_every", "val_every", "val_pictures",
         "val_prompts", "vae", "qwen", "clip", "clip_score", "prompts", "sample", "sample_steps",
         "guidance", "shift"}
 
 
 def save(path, state, s, step, looking, **about):
-    """Write a checkpoint if `looking`, or if a signal asked to stop, and then stop. Only the first
-    process does: all have the same weights, and the others end with it.
-
-    state: {name: module or optimizer}. about: what else a reader of the file needs.
-    """
+    """Write a checkpoint if `looking`, or if a signal asked to stop, and then stop. The first
+    process does: all have the same weights, and the others end with it. state: {name: module or
+    optimizer}; about: what else a reader of the file needs."""
     if processes()[0] > 0 or not (looking or INTERRUPTS):
         return
     if not all(weights.isfinite().all() for weights in state["model"].parameters()):
@@ -546,8 +514,8 @@ NOT_FINITE = "what is saved is good: go on from there with a lower --lr, or --pr
 
 
 def resume(path, state, s, stage, parent=""):
-    """Fill `state` from an interrupted run; returns its step, or 0. Settings that contradict that
-    run are refused, unless they are FREE; so is another `parent`."""
+    """Fill `state` from an interrupted run; returns its step, or 0. Refuses settings that
+    contradict that run, unless they are FREE, and another `parent`."""
     step = 0
     if path.exists():
         checkpoint = read_checkpoint(path, "remove it, or take another --run")
@@ -570,7 +538,7 @@ INTERRUPTS = []  # signals that asked this process to stop
 
 
 def listen():
-    """From now on Ctrl-C and SIGTERM only fill INTERRUPTS, so that a step can end and be saved."""
+    """From now on Ctrl-C and SIGTERM only fill INTERRUPTS: the step ends, and is saved."""
     def note(number, frame):
         INTERRUPTS.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C kills
@@ -610,7 +578,7 @@ def read_log(run):
 
 
 def draw_curves(run):
-    """RUN/curve.png: all that the log has of each stage, over its steps, each in its own range."""
+    """RUN/curve.png: each quantity in the log over its stage's steps, in its own range."""
     curves = collections.defaultdict(list)
     for line in read_log(run):
         for name in line.keys() - {"stage", "step"}:
@@ -633,8 +601,7 @@ def draw_curves(run):
 
 
 def save_sheet(path, tiles, columns, titles=(), captions=()):
-    """Write uint8 pictures (3, side, side) as one PNG, `columns` in a row; a title over each
-    column, a caption under each picture."""
+    """Uint8 pictures (3, side, side) as one PNG, `columns` in a row, titles over the columns."""
     side = tiles[0].shape[2]
     side *= math.ceil(160 / side)  # each pixel becomes a whole square
     step_y = side + 4 + (54 if captions else 0)
@@ -656,4 +623,4 @@ def save_sheet(path, tiles, columns, titles=(), captions=()):
 
 
 if __name__ == "__main__":
-    command_line(main, Settings, PRESETS, __doc__)
+    main(parse_cli(Settings, PRESETS, __doc__))

@@ -1,7 +1,7 @@
 """Stage 2 of VIVAT: the autoencoder.
 
-Reads   nothing; load_vae(path) reads the checkpoints of 04 and 05, files of others who use
-        CompVis's names (Flux, SD 3, SDXL, SD 1.x), and anything else through diffusers.
+Reads   nothing; load_vae(path) reads checkpoints of 04 and 05, files with CompVis's names (Flux,
+        SD 3, SDXL, SD 1.x), and anything else through diffusers.
 Writes  nothing; prints the network as a table from input to output.
 Paper   Sec. 3.1 (posterior), 3.2, 5.2 (padding, Spatially Conditional Normalization),
         Fig. 1, 7, 8, Table 2.
@@ -13,7 +13,7 @@ down-sampling factor (8), k latent channels (16).
 """
 import importlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -44,9 +44,8 @@ class Settings(data.Run, Architecture):
     size: int = 256  # side of the picture that the table is made for
 
 
-CPU = dict(res_blocks=1, attention_levels=(), groups=8)
-PRESETS = {"paper": {}, "small": dict(width=64), "laptop": CPU | dict(width=24),
-           "demo": CPU | dict(width=16)}
+PRESETS = {"paper": {}, "small": dict(width=64),
+           "demo": dict(width=16, res_blocks=1, attention_levels=(), groups=8)}
 
 
 # ---------------- blocks (Figures 7 and 8)
@@ -65,8 +64,8 @@ class SpatialNorm(nn.Module):
     """Spatially Conditional Normalization, from MoVQ: GroupNorm(x) * scale(z) + shift(z).
 
     Sec. 5.2: it normalizes, and it lets every norm of the decoder see the latent z, place by place.
-    Scale and shift are 1x1 convolutions of z. These commute with up-sampling by nearest neighbor,
-    so they run at the latent's resolution.
+    The 1x1 convolutions scale and shift commute with up-sampling by nearest neighbor, so they run
+    at the latent's resolution.
     """
     def __init__(self, channels, a):
         super().__init__()
@@ -259,7 +258,7 @@ class VAE(nn.Module):
 
 def architecture(s):
     """The Architecture among a stage's settings; stops where no network fits it."""
-    a = Architecture(**{field.name: getattr(s, field.name) for field in fields(Architecture)})
+    a = data.part(Architecture, s)
     levels = range(len(a.width_mult))
     if not set(a.attention_levels) <= set(levels):
         data.fail(f"--attention-levels {a.attention_levels} must be among {list(levels)}")
@@ -275,9 +274,9 @@ def count(module):
 # ---------------- checkpoints, ours and others'
 
 def load_vae(path, device="cpu", adapt=None):
-    """A VAE in eval mode from a checkpoint of 04 or 05 (EMA weights), from a file of others who use
-    CompVis's names, or diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit.
-    adapt(vae, checkpoint) may change the network before it is filled."""
+    """A VAE in eval mode: a checkpoint of 04 or 05 (EMA weights), a file with CompVis's names, or
+    diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit. adapt(vae, checkpoint)
+    may change the network before it is filled."""
     if str(path).startswith("diffusers:"):
         return Diffusers(path.removeprefix("diffusers:")).to(device).eval()
     checkpoint = data.read_checkpoint(path, "run 04_train_vae.py first, or give another file")
@@ -290,13 +289,8 @@ def load_vae(path, device="cpu", adapt=None):
     vae = VAE(a)
     if adapt:
         adapt(vae, checkpoint)
-    theirs = {(name, w.shape) for name, w in weights.items()}
-    ours = {(name, w.shape) for name, w in vae.state_dict().items()}
-    wrong = sorted({name for name, _ in theirs ^ ours})
-    if wrong:
-        data.fail(f"{path} is not an autoencoder that load_vae knows: {len(wrong)} weights are "
-                  f"missing or do not fit, such as {', '.join(wrong[:3])}")
-    vae.load_state_dict(weights)
+    with data.needs(f"{path} is not an autoencoder that load_vae knows"):
+        vae.load_state_dict(weights)
     return vae.to(device).eval()
 
 
@@ -315,27 +309,23 @@ def compvis_weights(checkpoint):
 
 def compvis_architecture(weights, path):
     """Read an Architecture off names and shapes. These networks pad with zeros."""
-    def channels(name):
-        return len(weights[f"{name}.bias"])
-
-    try:
-        width = channels("encoder.conv_in")
-        levels = range(1 + max(int(name.split(".")[2]) for name in weights
-                               if name.startswith("encoder.down.")))
-        return Architecture(
-            width=width,
-            width_mult=tuple(channels(f"encoder.down.{i}.block.0.conv1") // width for i in levels),
-            res_blocks=sum(name.startswith("encoder.down.0.block.")
-                           and name.endswith(".conv1.bias") for name in weights),
-            attention_levels=tuple(i for i in levels
-                                   if f"encoder.down.{i}.attn.0.q.bias" in weights),
-            latent_channels=channels("encoder.conv_out") // 2,
-            padding="zeros",
-            decoder_norm="spatial" if "decoder.norm_out.conv_y.bias" in weights else "group",
-            quant_conv="quant_conv.bias" in weights)
-    except (KeyError, ValueError):
-        data.fail(f"{path} is not an autoencoder with CompVis's names (encoder.conv_in, "
-                  "encoder.down.0...): diffusers:FOLDER takes what the diffusers package can read")
+    sizes = {name.removesuffix(".bias"): len(w) for name, w in weights.items() if w.ndim == 1}
+    firsts = [name for name in sizes if re.fullmatch(r"encoder\.down\.\d\.block\.0\.conv1", name)]
+    blocks = [name for name in sizes if re.fullmatch(r"encoder\.down\.0\.block\.\d\.conv1", name)]
+    if not firsts or not {"encoder.conv_in", "encoder.conv_out"} <= sizes.keys():
+        data.fail(f"{path} is not an autoencoder with CompVis's names (encoder.conv_in, ...): "
+                  "diffusers:FOLDER takes what that package can read")
+    width = sizes["encoder.conv_in"]
+    return Architecture(
+        width=width,
+        width_mult=tuple(sizes[name] // width for name in sorted(firsts)),
+        res_blocks=len(blocks),
+        attention_levels=tuple(i for i in range(len(firsts))
+                               if f"encoder.down.{i}.attn.0.q" in sizes),
+        latent_channels=sizes["encoder.conv_out"] // 2,
+        padding="zeros",
+        decoder_norm="spatial" if "decoder.norm_out.conv_y" in sizes else "group",
+        quant_conv="quant_conv" in sizes)
 
 
 class Diffusers(nn.Module):
@@ -343,14 +333,9 @@ class Diffusers(nn.Module):
     def __init__(self, place):
         super().__init__()
         name, _, subfolder = place.partition("@")
-        try:
+        with data.needs(f"diffusers:{place} needs pip install diffusers, and that model"):
             from diffusers import AutoModel
             self.net = AutoModel.from_pretrained(name, subfolder=subfolder or None)
-        except ImportError:
-            data.fail(f"diffusers:{place} needs the diffusers package: pip install diffusers")
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            data.fail(f"diffusers:{place} cannot be loaded: {reason}")
 
     def encode(self, x):
         q = self.net.encode(x)
@@ -384,4 +369,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    data.command_line(main, Settings, PRESETS, __doc__)
+    main(data.parse_cli(Settings, PRESETS, __doc__))

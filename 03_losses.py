@@ -47,8 +47,7 @@ class Settings(data.Run):
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's choice
 
 
-CPU = dict(perceptual_net="untrained", crop=64)
-PRESETS = {"paper": {}, "small": {}, "laptop": CPU, "demo": CPU}
+PRESETS = {"paper": {}, "small": {}, "demo": dict(perceptual_net="untrained", crop=64)}
 
 
 # ---------------- KL divergence, reconstruction
@@ -87,31 +86,25 @@ def to_uint8(x):
 
 class Perceptual(nn.Module):  # Eq. 6
     """LPIPS from the lpips package, mean over pictures, with a gradient that is finite everywhere.
-
-    "untrained" is a random AlexNet with a fixed seed and without LPIPS's weights, for trying things
-    out: not a perceptual distance.
-    """
+    "untrained" is a random AlexNet without LPIPS's weights, for trying things out."""
     def __init__(self, net="vgg"):
         super().__init__()
         files = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
         self.trained = net in files
+        needed = (f"LPIPS needs https://download.pytorch.org/models/{files.get(net)} in "
+                  f"{torch.hub.get_dir()}/checkpoints, or another --perceptual-net")
         # lpips calls torchvision by old names
-        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(), data.needs(needed):
             torch.manual_seed(0)
-            try:
-                self.lpips = lpips.LPIPS(net=net if self.trained else "alex", lpips=self.trained,
-                                         pretrained=self.trained, pnet_rand=not self.trained,
-                                         verbose=False)
-            except Exception as error:  # no network, a cut-off file: many kinds
-                data.fail(f"LPIPS needs https://download.pytorch.org/models/{files.get(net)} "
-                          f"({type(error).__name__}): put it into {torch.hub.get_dir()}/checkpoints"
-                          ", or set TORCH_HOME, or choose another --perceptual-net")
+            self.lpips = lpips.LPIPS(net=net if self.trained else "alex", lpips=self.trained,
+                                     pretrained=self.trained, pnet_rand=not self.trained,
+                                     verbose=False)
         self.eval().requires_grad_(False)
 
     def features(self, x):
         """Of each layer, features (b, c, h', w') of unit length at each position."""
-        # The package divides by sqrt(sum) + 1e-10. At a feature that is zero everywhere that is
-        # finite, but its gradient is NaN. So the 1e-10 goes under the root.
+        # The package divides by sqrt(sum) + 1e-10, whose gradient is NaN where a feature is zero
+        # in all channels. So the 1e-10 goes under the root.
         return [f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt()
                 for f in self.lpips.net(self.lpips.scaling_layer(x))]
 
@@ -274,4 +267,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    data.command_line(main, Settings, PRESETS, __doc__)
+    main(data.parse_cli(Settings, PRESETS, __doc__))

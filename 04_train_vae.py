@@ -31,7 +31,7 @@ losses = importlib.import_module("03_losses")
 # ---------------- settings
 
 @dataclass(frozen=True)
-class Training(data.Run):
+class Training(data.TrainingRun):
     """All but the architecture, so that 05 can have it too."""
     lambda_kl: float = 1e-4     # Table 3; Sec. 5.2, blur: ten times more blurs
     lambda_recon: float = 1.0   # Table 3
@@ -52,15 +52,10 @@ class Training(data.Run):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
     steps: int = 1_000_000      # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64             # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
-    muon_lr: float = 0.0        # not in the paper: above 0, Muon for matrices; for short runs
     beta1: float = 0.5          # not in the paper: as in MoVQGAN; low: its target moves
     beta2: float = 0.9          # not in the paper: Adam as in MoVQGAN
     warmup: int = 0             # not in the paper: steps in which rates rise from 0
-    lr_decay: float = 0.0       # not in the paper: last share of the steps, where rates fall to 0
     clip_norm: float = 1.0      # not in the paper: norm of the gradient at most
-    accumulate: int = 1         # parts that a process cuts its share of a batch into, for memory
-    compile: bool = False       # torch.compile the VAE
-    log_every: int = 100        # steps between two lines of the log
     val_every: int = 2_000      # steps between two validations, and two checkpoints
     val_pictures: int = 256     # at most so many validation pictures are looked at
 
@@ -70,24 +65,19 @@ class Settings(Training, model.Architecture):
     pass
 
 
-DEMO = losses.CPU | dict(
+SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
+DEMO = losses.PRESETS["demo"] | dict(
     workers=0, disc_width=24, batch=4, lr=1e-3, muon_lr=5e-3, lr_decay=1.0, ema_decay=0.995,
     val_every=400, val_pictures=64)
-LAPTOP = DEMO | dict(batch=8)
-SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
-PRESETS = {
-    "paper": {},
-    "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
-    "laptop": model.PRESETS["laptop"] | LAPTOP | dict(steps=2500),
-    "demo": model.PRESETS["demo"] | DEMO | dict(steps=1200),
-}
+PRESETS = {"paper": {}, "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
+           "demo": model.PRESETS["demo"] | DEMO | dict(steps=1200)}
 
 
 # ---------------- one step of both players
 
 def compute_losses(x, vae, disc, perceptual, step, s):
     """Of pictures x (b, 3, crop, crop): what the VAE minimizes (Eq. 7), what the discriminator
-    minimizes, and the terms for the log, those of Eq. 7 before their weights."""
+    minimizes, and for the log the terms before their weights."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         x_hat, mu, logvar, z = [v.float() for v in vae(x)]
     real = disc(x)
@@ -122,9 +112,9 @@ def add_gradients(total, disc_loss, vae_weights, disc_weights):
 # ---------------- the loop
 
 def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=True):
-    """Train `disc` and what requires a gradient in `vae` up to s.steps; the result is in `out`.
+    """Train `disc` and what requires a gradient in `vae` up to s.steps, into the file `out`.
 
-    compute: compute_losses, or 05's own. parent: the hash of the file that training began from.
+    compute: compute_losses, or 05's own. parent: hash of the file that training began from.
     fresh: weights begin at random, which their average shall forget.
     """
     device = next(vae.parameters()).device
@@ -147,7 +137,7 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
     rank, _ = data.processes()
     val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures)).to(device)
     bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step",
-               disable=rank > 0, **data.BAR)
+               disable=rank > 0)
     for step in bar:
         data.seed_step(s, stage, step)
         terms = collections.defaultdict(float)  # means over the parts of a batch
@@ -175,10 +165,8 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
 
 
 def load_crops(s, stage, step, vae):
-    """An iterator over parts of batches, from the step after `step`: uint8 (b, 3, crop, crop).
-
-    Of each batch's crops, numbered on over all steps, every process takes each world-th.
-    """
+    """An iterator over parts of batches after `step`, uint8 (b, 3, crop, crop). Crops are numbered
+    on over all steps; each process takes every world-th."""
     if s.crop % vae.multiple:
         data.fail(f"--crop {s.crop} must be a multiple of {vae.multiple}")
     if s.free_bits and data.part_size(s) < s.batch:
@@ -294,4 +282,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    data.command_line(main, Settings, PRESETS, __doc__)
+    main(data.parse_cli(Settings, PRESETS, __doc__))

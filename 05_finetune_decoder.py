@@ -38,16 +38,11 @@ class Settings(training.Training):
     steps: int = 1_000_000  # not in the paper: as long as 04; Sec. 5.3 cites a longer stage
     vae: str = ""           # the file to start from [RUN/vae.pt]
     decoder: Literal["plain", "denoising"] = "plain"  # not in VIVAT: denoising, see "a neighbor"
-    unet: Literal["B", "M", "L", "XL", "H", "laptop"] = "B"  # its size: 20 to 356, laptop 2 M
+    unet: Literal["B", "M", "L", "XL", "H", "demo"] = "B"  # 20 to 356 M parameters, demo 2 M
 
 
-DEMO = training.DEMO | dict(muon_lr=2e-3, unet="laptop")
-PRESETS = {
-    "paper": {},
-    "small": training.SMALL | dict(steps=30_000),
-    "laptop": DEMO | dict(batch=8, steps=400, val_every=200),
-    "demo": DEMO | dict(steps=240, val_every=120),
-}
+PRESETS = {"paper": {}, "small": training.SMALL | dict(steps=30_000),
+           "demo": training.DEMO | dict(muon_lr=2e-3, unet="demo", steps=240, val_every=120)}
 
 
 # ---------------- the method: frozen latents
@@ -69,7 +64,7 @@ UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention
     "L": (128, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
     "XL": (128, (1, 1, 2, 2, 4), 4, (2, 3, 4)),
     "H": (256, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
-    "laptop": (24, (1, 2, 2, 4), 1, ()),  # not in E
+    "demo": (24, (1, 2, 2, 4), 1, ()),  # not in E
 }
 # E does not say where attention is. With these levels, and with blocks that change resolution and
 # six outputs as in ADM, all five counts of parameters come out to the last digit.
@@ -103,8 +98,8 @@ class Time(nn.Module):
 
 
 class UnetBlock(nn.Module):
-    """ADM's residual block, with attention behind it where there is some. AdaGN: time gives the
-    second norm's scale and shift. resize: 0.5 halves the sides, 2 doubles them."""
+    """ADM's residual block, perhaps with attention behind it. AdaGN: time gives the second norm's
+    scale and shift. resize: 0.5 halves the sides, 2 doubles them."""
     def __init__(self, c_in, c_out, times, a, attention=False, resize=1):
         super().__init__()
         self.resize = resize
@@ -134,8 +129,8 @@ class DenoisingDecoder(nn.Module):
     """In place of a Decoder: from noise, latents z (b, k, h/f, w/f) to pictures (b, 3, h, w).
 
     x_t = (1 - t) gamma x + t noise is the noisy picture. A U-Net: `down` halves the sides level by
-    level, `up` doubles them again, and each block of `up` that does not resize is handed what one
-    block of `down` made, the last one first.
+    level, `up` doubles them again; each block of `up` that does not resize is handed what a block
+    of `down` made, the last one first.
     """
     def __init__(self, a, unet):
         super().__init__()
@@ -304,10 +299,8 @@ def main(s):
         out = Path(s.run, "vae_finetuned.pt")
         disc = losses.Discriminator(s.disc_width)
         if "disc" in checkpoint:  # not in the paper: ours goes on; others' files have none
-            try:
+            with data.needs(f"{source} has a discriminator of another --disc-width"):
                 disc.load_state_dict(checkpoint["disc"])
-            except RuntimeError:
-                data.fail(f"{source} has a discriminator of another --disc-width")
     if s.dry_run:
         return data.show(s, vae=model.count(vae), discriminator=model.count(disc))
     print(f"from {source}, step {checkpoint.get('step', 'unknown')}")
@@ -317,4 +310,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    data.command_line(main, Settings, PRESETS, __doc__)
+    main(data.parse_cli(Settings, PRESETS, __doc__))

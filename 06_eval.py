@@ -1,9 +1,8 @@
 """Stage 6 of VIVAT: measure any autoencoder, with a number for each artifact.
 
 Reads   the run's own autoencoders, or with --vae any that load_vae reads (FILE,
-        diffusers:FOLDER_OR_ID[@SUBFOLDER]), jit:FILE, which is TorchScript from pictures to
-        pictures (Cosmos), and two yardsticks without weights, bicubic:8 and jpeg:75.
-        Pictures from --images DIR, else RUN/data/val.
+        diffusers:FOLDER_OR_ID[@SUBFOLDER]), jit:FILE, TorchScript from pictures to pictures
+        (Cosmos), and yardsticks, bicubic:8 and jpeg:75. Pictures from --images, else RUN/data/val.
 Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3),
         RUN/latents.png (interpolations).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
@@ -50,10 +49,10 @@ class Settings(data.Run):
     fid: bool = False          # Sec. 5.3, "FID": rFID; needs torchmetrics and torch-fidelity
 
 
-CPU = dict(size=128, perceptual_net="untrained", workers=0)
 PRESETS = {"paper": {}, "imagenet256": {}, "imagenet512": dict(size=512),  # Table 1's columns
            "coco512": dict(size=512), "ffhq1024": dict(size=1024),
-           "small": dict(size=240, resize=480), "laptop": CPU, "demo": CPU}
+           "small": dict(size=240, resize=480),
+           "demo": dict(size=128, perceptual_net="untrained", workers=0)}
 
 
 # ---------------- similarity (Sec. 6.2)
@@ -168,8 +167,8 @@ def activation_norms(vae, z):
 
 @torch.no_grad()
 def latent_report(vae, pictures):
-    """What the latents of some pictures (1, 3, h, w) are like, and what PSNR is left when noise is
-    added to them, in their deviations: what Variance Expansion is for."""
+    """What the latents of some pictures (1, 3, h, w) are like, and the PSNR that is left when noise
+    is added to them, in their deviations: what Variance Expansion is for."""
     posteriors = [vae.encode(x) for x in pictures]
     mu = torch.cat([q.mu for q in posteriors]).cpu().double()  # (n, k, h/f, w/f)
     variance = mu.var((0, 2, 3))  # (k,)
@@ -196,10 +195,10 @@ def latent_report(vae, pictures):
 
 
 @torch.no_grad()
-def interpolate(vae, pictures):
-    """Seven decoded pictures on the line between the latents of the first two pictures."""
-    ends = [vae.encode(x).mu for x in pictures[:2]]  # a single picture is its own partner
-    return [losses.to_uint8(vae.decode(torch.lerp(ends[0], ends[-1], t / 6)))[0] for t in range(7)]
+def interpolate(vae, x, y):
+    """Seven decoded pictures on the line between the latents of two pictures."""
+    ends = vae.encode(x).mu, vae.encode(y).mu
+    return [losses.to_uint8(vae.decode(torch.lerp(*ends, t / 6)))[0] for t in range(7)]
 
 
 # ---------------- what can be measured
@@ -233,7 +232,8 @@ def open_model(spec, s, device):
             data.fail(f"--vae {spec}: a positive number must follow {kind}:")
         return functools.partial({"bicubic": bicubic, "jpeg": jpeg}[kind], int(rest)), None
     if kind == "jit":
-        return functools.partial(scripted, torch.jit.load(rest, map_location=device).eval()), None
+        with data.needs(f"--vae {spec} is not TorchScript"):
+            return functools.partial(scripted, torch.jit.load(rest, map_location=device)), None
     vae = finetuning.load_vae(spec, device)
     if isinstance(getattr(vae, "decoder", None), finetuning.DenoisingDecoder):
         vae.decoder.steps = s.decoder_steps
@@ -247,22 +247,24 @@ def evaluate(spec, s, device, perceptual, paths):
     """Measure one model. Returns {"row": numbers, "shown": the first three (original,
     reconstruction)}, and of a VAE "norms" (Fig. 3) and "between", an interpolation."""
     reconstruct, vae = open_model(spec, s, device)
-    fid = open_fid(device) if s.fid else None
+    if s.fid:
+        with data.needs("--fid needs pip install torchmetrics torch-fidelity, and Inception"):
+            from torchmetrics.image.fid import FrechetInceptionDistance
+            # Published figures resize without antialiasing.
+            fid = FrechetInceptionDistance(feature=2048, antialias=False).to(device)
     sums = collections.Counter()
     pictures = []
     shown = []
     read = functools.partial(data.read_square, size=s.size, resize=s.resize or s.size)
     loader = DataLoader(paths, batch_size=None, collate_fn=read, num_workers=s.workers)
-    for x8 in tqdm(loader, unit="picture", desc=spec[-30:], **data.BAR):
+    for x8 in tqdm(loader, unit="picture", desc=spec[-30:]):
         if isinstance(x8, str):
             print(x8)
             continue
         x8 = x8[None].to(device)  # (1, 3, size, size)
         x = losses.from_uint8(x8)
-        try:
+        with data.needs(f"--vae {spec} fails at --size {s.size}"):
             x_hat = reconstruct(x)
-        except (RuntimeError, ValueError) as error:
-            data.fail(f"--vae {spec}, {s.size} px: {str(error).splitlines()[0]}")
         if not x_hat.isfinite().all():
             data.fail(f"--vae {spec} gives values that are not finite")
         y8 = losses.to_uint8(x_hat)
@@ -272,7 +274,7 @@ def evaluate(spec, s, device, perceptual, paths):
         sums["lpips"] += perceptual(x, losses.from_uint8(y8)).item()
         for name, meter in METERS.items():
             sums[name] += meter(x8.float(), y8.float()).item()
-        if fid:
+        if s.fid:
             fid.update(x8, real=True)
             fid.update(y8, real=False)
         if len(shown) < 3:
@@ -283,24 +285,14 @@ def evaluate(spec, s, device, perceptual, paths):
     if not count:
         data.fail("no picture could be read")
     row = {"name": spec, "pictures": count} | {name: sums[name] / count for name in sums}
-    if fid:
+    if s.fid:
         row["rfid"] = fid.compute().item()
     if vae is None:
         return {"row": row, "shown": shown}
     norms = activation_norms(vae, vae.encode(pictures[0]).mu)
-    row["activation_max_over_median"] = {name: v.max().item() for name, v in norms.items()}
+    row["activation_max_over_median"] = {layer: v.max().item() for layer, v in norms.items()}
     row["latents"] = latent_report(vae, pictures)
-    return {"row": row, "shown": shown, "norms": norms, "between": interpolate(vae, pictures)}
-
-
-def open_fid(device):
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        # Published figures resize without antialiasing.
-        return FrechetInceptionDistance(feature=2048, antialias=False).to(device)
-    except Exception as error:
-        data.fail("--fid needs pip install torchmetrics torch-fidelity, and their Inception "
-                  f"weights ({type(error).__name__})")
+    return {"row": row, "shown": shown, "norms": norms, "between": interpolate(vae, pictures[0], pictures[-1])}
 
 
 # ---------------- tables and pictures
@@ -310,13 +302,14 @@ def table(rows, s):
     names = ["psnr", "ssim", "lpips", *METERS] + ["rfid"] * s.fid
     lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for row in rows:
-        lines.append(f"| {row['name']} | " + " | ".join(f"{row[name]:.4g}" for name in names) + " |")
+        numbers = " | ".join(f"{row[name]:.4g}" for name in names)
+        lines.append(f"| {row['name']} | {numbers} |")
     lines.append(
         f"\n{rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter side to "
-        f"{s.resize or s.size} by antialiased bicubic (smaller pictures enlarged), center crop of "
-        f"{s.size}. EMA weights where a file has them, the posterior's mean, rounded to 8 bits. "
-        f"Means over pictures. PSNR in dB; LPIPS on {s.perceptual_net} (untrained: features, not "
-        "LPIPS); ideal are 0 for color shift and droplet, else 1.")
+        f"{s.resize or s.size} by antialiased bicubic (smaller ones enlarged), center crop of "
+        f"{s.size}; EMA weights where a file has them, the posterior's mean, 8 bits. Means over "
+        f"pictures; PSNR in dB; LPIPS on {s.perceptual_net} (untrained: features, not LPIPS); ideal "
+        "are 0 for color shift and droplet, else 1.")
     for row in rows:
         if "latents" in row:
             inside = {k: v for k, v in row["latents"].items() if not isinstance(v, list)}
@@ -328,23 +321,20 @@ def table(rows, s):
 
 def draw(run, results):
     """eval.png: each picture whole, and its middle magnified; activations.png; latents.png."""
+    size = results[0]["shown"][0][0].shape[1]
+    zoom = slice(size // 2 - size // 8, size // 2 + size // 8)
+    names = [result["row"]["name"][-20:] for result in results]
     tiles = []
     for i, (x, _) in enumerate(results[0]["shown"]):
-        quarter = x.shape[1] // 4
-        start = (x.shape[1] - quarter) // 2
-        zoom = slice(start, start + quarter)
         whole = [x] + [result["shown"][i][1] for result in results]
         tiles += whole
-        tiles += [F.interpolate(v[None, :, zoom, zoom], size=x.shape[1:])[0] for v in whole]
-    names = [result["row"]["name"][-20:] for result in results]
+        tiles += [F.interpolate(v[None, :, zoom, zoom], size=size)[0] for v in whole]
     data.save_sheet(run / "eval.png", tiles, 1 + len(results), ["original", *names])
-
     tiles = []
     captions = []
     for result, name in zip(results, names):
         for layer, v in result.get("norms", {}).items():
             bright = (64 * v).clamp(max=255)  # white: four times the layer's median
-            size = results[0]["shown"][0][0].shape[1:]
             tiles.append(F.interpolate(bright[None, None], size=size)[0].byte())
             captions.append(f"{name} {layer} max {v.max():.1f}")
     if tiles:
@@ -360,8 +350,8 @@ def main(s):
     if s.dry_run:
         return data.show(s)
     if s.size < 64 or 0 < s.resize < s.size:
-        data.fail(f"--size {s.size} must be at least 64, since meters look inside a frame of 16 "
-                  f"pixels, and at most --resize {s.resize} (0: as --size)")
+        data.fail(f"--size {s.size} must be at least 64, for the meters, and at most --resize "
+                  f"{s.resize} (0: as --size)")
     run = Path(s.run)
     own = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
     specs = s.vae or [str(path) for path in own if path.is_file()]
@@ -385,4 +375,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    data.command_line(main, Settings, PRESETS, __doc__)
+    main(data.parse_cli(Settings, PRESETS, __doc__))

@@ -3,14 +3,14 @@
 Reads   RUN/data with captions (01_data.py); RUN/vae_finetuned.pt, else RUN/vae.pt, or with --vae
         any that load_vae reads; RUN/dit.pt if this run was interrupted.
 Writes  RUN/latents-HASH.bin (once), RUN/dit.pt, RUN/dit.png (prompts and their pictures),
-        RUN/log.jsonl, RUN/curve.png (Fig. 6: clip_score); with --sample instead RUN/sample.png.
+        RUN/log.jsonl, RUN/curve.png (Fig. 6: clip_score); with --sample only RUN/sample.png.
 Paper   Sec. 3.3, 6.3, A.3, Table 4, Fig. 6.
 
     python 07_train_dit.py --preset small --run runs/mine
     python 07_train_dit.py --sample "a red circle on a striped cyan background"
 
-Sec. 6.3 calls the network similar to LI-DiT. The numbers of A.3 are those of Kandinsky 5 Lite (by
-the same authors, "K5" below): where the paper is silent, that network's layout is followed.
+The numbers of A.3 are those of Kandinsky 5 Lite (by the same authors, "K5" below): where the paper
+is silent, that network's layout is followed.
 Shapes: b pictures, k latent channels, h and w sides of the latent, n = h w / patch^2 its patches,
 l text tokens, d the width. c (b, d_t) is the condition: time, and the prompt as one vector.
 """
@@ -21,7 +21,7 @@ import importlib
 import itertools
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -63,31 +62,25 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Settings(data.Run, Network):
+class Settings(data.TrainingRun, Network):
     vae: str = ""              # whose latents to learn [RUN/vae_finetuned.pt, else RUN/vae.pt]
     qwen: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # A.3.1; a name on the hub, or a folder
     clip: str = "openai/clip-vit-large-patch14"  # not in the paper: which CLIP; K5's, 768 wide
     size: int = 256            # Sec. 6.3: pictures of 256 x 256
     steps: int = 130_000       # Sec. 6.3
     batch: int = 1024          # Sec. 6.3; over all processes
-    accumulate: int = 1        # parts that a process cuts its share of a batch into, for memory
     lr: float = 1e-4           # Table 4
-    muon_lr: float = 0.0       # not in the paper: above 0, Muon for the blocks; for short runs
     beta1: float = 0.9         # Table 4
     beta2: float = 0.95        # Table 4
     eps: float = 1e-8          # Table 4
     weight_decay: float = 0.0  # Table 4
     clip_norm: float = 1.0     # Table 4: gradient clipping
     warmup: int = 1000         # Table 4: steps to the full rate, constant after
-    lr_decay: float = 0.0      # not in the paper: last share of the steps, where rates fall to 0
     t_shift: float = 1.0       # not in the paper: t is logit-normal as in SD 3, shifted by this
     drop: float = 0.1          # not in the paper: share of prompts left out, for guidance; as in K5
     ema_decay: float = 0.9999  # not in the paper: as in K5
     # weights, norms, modulation and sums stay FP32
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"  # not in the paper: as in K5
-    checkpointing: bool = False  # compute each block again in the backward pass, for less memory
-    compile: bool = False      # torch.compile each block
-    log_every: int = 100       # steps between two lines of the log
     val_every: int = 5_000     # steps between two points of Fig. 6, and two checkpoints
     val_prompts: int = 1000    # not in the paper: captions of data/val that Fig. 6 is taken over
     clip_score: str = "openai/clip-vit-base-patch32"  # not in the paper: which; [16]'s; "": none
@@ -98,31 +91,27 @@ class Settings(data.Run, Network):
 
 
 SCENES = dict(text_encoder="bytes", clip_score="", absolute=True)
-DEMO = SCENES | dict(
-    width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, rope_axes=(8, 12, 12),
-    text_width=64, pooled_width=64, text_length=32, size=96, steps=1200, batch=32, lr=2e-3,
-    muon_lr=0.02, lr_decay=0.7, t_shift=4.0, warmup=100, ema_decay=0.99, precision="fp32",
-    workers=0, val_every=400)
 PRESETS = {
     "paper": {},
     "small": SCENES | dict(
         width=512, ff_width=2048, time_width=256, blocks=12, text_width=256, pooled_width=256,
         text_length=64, steps=20_000, batch=256, lr=3e-4, ema_decay=0.999),
-    "laptop": DEMO | dict(steps=6000),
-    "demo": DEMO,
+    "demo": SCENES | dict(
+        width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, rope_axes=(8, 12, 12),
+        text_width=64, pooled_width=64, text_length=32, size=96, steps=1200, batch=32, lr=2e-3,
+        muon_lr=0.02, lr_decay=0.7, t_shift=4.0, warmup=100, ema_decay=0.99, precision="fp32",
+        workers=0, val_every=400),
 }
 
 
 # ---------------- parts of the transformer (A.3.2)
 
-def full_precision(x):
-    """A context without autocast on the device of x."""
+def full_precision(x):  # no autocast on the device of x
     return torch.autocast(x.device.type, enabled=False)
 
 
 def rope_angles(axes, *positions):
-    """Angles (n, head / 2) for apply_rope. positions[i] (n,): each token's place on axis i, with
-    which axes[i] values of a head turn."""
+    """Angles (n, head / 2): axes[i] values of a head turn with positions[i] (n,)."""
     return torch.cat([finetuning.sine_angles(place, size // 2)
                       for size, place in zip(axes, positions)], 1)
 
@@ -206,9 +195,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Token Refiner and cross-attention blocks (Sec. 6.3). forward gives the velocity at (x, t).
 
-    Rotary positions are relative: where a picture's middle is must be read off its noise. K5
-    learns that in time; in a run of minutes sines of row and column (`absolute`) give each patch
-    its place.
+    Rotary positions are relative: where the middle of a picture is, K5 must learn in time. In a run
+    of minutes sines of row and column (`absolute`) tell each patch its place.
     """
     def __init__(self, a):
         super().__init__()
@@ -225,7 +213,6 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(a, cross=True) for _ in range(a.blocks))
         self.out_modulation = modulation(a, 2)
         self.out = nn.Linear(a.width, values)
-        self.checkpointing = False
         # Of the latents that are learned, whatever the VAE: x = (z - mean) / std
         self.register_buffer("latent_mean", torch.zeros(a.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(a.latent_channels, 1, 1))
@@ -242,7 +229,7 @@ class DiT(nn.Module):
         text = self.text(tokens)
         angles = rope_angles([sum(self.a.rope_axes)], torch.arange(text.shape[1], device=x.device))
         for block in self.refiner:  # Token Refiner
-            text = self.run(block, text, c, angles, mask)
+            text = block(text, c, angles, mask)
 
         rows = x.shape[2] // self.a.patch
         columns = x.shape[3] // self.a.patch
@@ -255,17 +242,12 @@ class DiT(nn.Module):
             sines = rope_angles([self.a.width // 2] * 2, row, column)  # (n, d / 2)
             x = x + torch.cat([sines.cos(), sines.sin()], 1)
         for block in self.blocks:
-            x = self.run(block, x, c, angles, None, text, mask)
+            x = block(x, c, angles, None, text, mask)
 
         with full_precision(x):
             shift, scale = self.out_modulation(c)[:, None].chunk(2, -1)
             x = self.out(ada_norm(x, shift, scale))  # (b, n, k p p)
         return from_patches(x, rows, self.a.patch)
-
-    def run(self, block, *inputs):
-        if self.checkpointing and torch.is_grad_enabled():
-            return recompute(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
 
 def to_patches(x, p):
@@ -285,8 +267,8 @@ def from_patches(x, rows, p):
 # ---------------- text (A.3.1): prompts to tokens (b, l, d_text), mask (b, l), pooled (b, d_pooled)
 
 class Bytes(nn.Module):
-    """Embeddings of words: the sum over their UTF-8 bytes, with one table per place in the word.
-    A word of more than 16 bytes goes on in the next piece. It learns with the DiT."""
+    """Embeddings of words: the sum over their UTF-8 bytes, with a table per place in the word. What
+    is longer than 16 bytes goes on in the next piece. It learns with the DiT."""
     def __init__(self, a):
         super().__init__()
         self.length = a.text_length
@@ -297,14 +279,11 @@ class Bytes(nn.Module):
         for row, prompt in zip(index, prompts):
             words = [word.encode() for word in re.findall(r"\w+|[^\w\s]", prompt)]
             pieces = [word[i:i + 16] for word in words for i in range(0, len(word), 16)]
-            # The first piece stands in each prompt, so that none is empty.
-            for slots, piece in zip(row, [b"\0", *pieces]):
+            for slots, piece in zip(row, [b"\0", *pieces]):  # so that no prompt is empty
                 for place, byte in enumerate(piece):
                     slots[place] = 1 + 256 * place + byte
+        index = index[:, :index[..., 0].count_nonzero(1).max()].to(self.table.weight.device)
         mask = index[..., 0] > 0  # (b, l)
-        longest = mask.sum(1).max()
-        index = index[:, :longest].to(self.table.weight.device)
-        mask = mask[:, :longest].to(index.device)
         tokens = self.table(index.flatten(0, 1)).unflatten(0, mask.shape)  # (b, l, d_text)
         return tokens, mask, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
@@ -318,47 +297,28 @@ TEMPLATE = ("<|im_start|>system\nYou are a promt engineer. Describe the image by
 class QwenClip:  # not in the paper: which of their states; as in K5
     """Qwen's last hidden states, and CLIP's state at the end of the text. Frozen."""
     def __init__(self, s, device):
-        try:
+        with data.needs("--text-encoder qwen-clip needs pip install transformers, --qwen and "
+                        "--clip; bytes needs nothing"):
             from transformers import AutoModel, AutoTokenizer, CLIPTextModel
             self.qwen_tokenizer = AutoTokenizer.from_pretrained(s.qwen, padding_side="right")
             self.qwen = AutoModel.from_pretrained(s.qwen, dtype=torch.bfloat16).to(device).eval()
             self.clip_tokenizer = AutoTokenizer.from_pretrained(s.clip)
             self.clip = CLIPTextModel.from_pretrained(s.clip).to(device).eval()
-        except Exception as error:
-            data.fail("--text-encoder qwen-clip needs pip install transformers, and the models "
-                      f"--qwen {s.qwen} and --clip {s.clip} ({type(error).__name__}); "
-                      "--text-encoder bytes goes without")
         self.start = len(self.qwen_tokenizer(TEMPLATE).input_ids)
         self.length = s.text_length
         self.device = device
-        self.memo = {}  # of the last few thousand prompts, up to 3.6 MB each
-
-    def __call__(self, prompts):
-        missing = sorted(set(prompts) - self.memo.keys())
-        if len(self.memo) + len(missing) > 4000:
-            self.memo.clear()
-            missing = sorted(set(prompts))
-        if missing:
-            self.memo |= zip(missing, self.encode(missing))
-        states, pooled = zip(*(self.memo[prompt] for prompt in prompts))
-        tokens = nn.utils.rnn.pad_sequence(states, batch_first=True).to(self.device)
-        ones = [torch.ones(len(own), dtype=torch.bool) for own in states]
-        mask = nn.utils.rnn.pad_sequence(ones, batch_first=True).to(self.device)
-        return tokens, mask, torch.stack(pooled).to(self.device)
-
     @torch.no_grad()
-    def encode(self, prompts):
+    def __call__(self, prompts):
         # With causal attention and padding on the right, no token sees what is padded.
         texts = [TEMPLATE + prompt + "<|im_end|>" for prompt in prompts]
         q = self.qwen_tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
                                 max_length=self.start + self.length).to(self.device)
         states = self.qwen(input_ids=q.input_ids, attention_mask=q.attention_mask)
-        states = states.last_hidden_state.float().cpu()  # (b, l, d_Qwen)
+        tokens = states.last_hidden_state[:, self.start:].float()  # (b, l, d_Qwen)
+        mask = q.attention_mask[:, self.start:].bool()  # (b, l)
         c = self.clip_tokenizer(prompts, padding="max_length", truncation=True, max_length=77,
                                 return_tensors="pt").to(self.device)  # A.3.1: L_CLIP
-        pooled = self.clip(**c).pooler_output.float().cpu()  # (b, d_CLIP)
-        ends = q.attention_mask.sum(1).tolist()
-        return [(own[self.start:end].clone(), p) for own, end, p in zip(states, ends, pooled)]
+        return tokens, mask, self.clip(**c).pooler_output.float()  # (b, d_CLIP)
 
 
 # ---------------- objective and sampler
@@ -394,9 +354,9 @@ def draw(net, vae, encode, prompts, s):
     pictures = []
     for i in range(0, len(prompts), 16):
         some = list(prompts[i:i + 16])
-        shape = (len(some), *latent_shape(vae, s, net.latent_mean.device))
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(s.seed + i))
-        x = x.to(net.latent_mean.device)
+        like = torch.zeros(len(some), 3, s.size, s.size, device=net.latent_mean.device)
+        shape = vae.encode(like).mu.shape  # (b, k, h, w)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(s.seed + i)).to(like)
         text = encode(some)
         empty = encode([""] * len(some))
         times = shifted(torch.linspace(1, 0, s.sample_steps + 1, device=x.device), s.shift)
@@ -413,57 +373,41 @@ def draw(net, vae, encode, prompts, s):
 # ---------------- latents, once
 
 @torch.no_grad()
-def latent_shape(vae, s, device):
-    """(k, h, w) of a picture's latents; stops where they do not fit the network."""
+def encode_all(s, vae, vae_path, files, device):
+    """Latents of all pictures and their mirror images, float16 (n, 2, k, h, w), in a file mapped
+    into memory; and the hash of what it was made from, its name. All processes make it together,
+    and an interrupted one goes on."""
+    vae_hash = data.file_hash(vae_path) if Path(vae_path).is_file() else vae_path
+    names = [Path(file).name for file in files]
+    key = hashlib.sha256(repr((vae_hash, s.size, s.seed, names)).encode()).hexdigest()
+    path = Path(s.run, f"latents-{key[:12]}.bin")
+    part = path.with_suffix(".part")
     shape = vae.encode(torch.zeros(1, 3, s.size, s.size, device=device)).mu.shape[1:]
     if shape[0] != s.latent_channels or shape[1] % s.patch:
         data.fail(f"latents of {tuple(shape)} need --latent-channels {shape[0]}, and a --size that "
-                  f"makes a multiple of --patch {s.patch} of their sides")
-    return shape
-
-
-def read_squares(files, size):
-    """Training pictures, uint8 (b, 3, size, size)."""
-    # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
-    return torch.stack([data.read_square(file, size, size) for file in files])
-
-
-@torch.no_grad()
-def encode_all(s, vae, files, device):
-    """Latents of all pictures and their mirror images, float16 (n, 2, k, h, w), in a file that is
-    mapped into memory; and the hashes of the VAE and of all that the file was made from, which
-    names it. All processes make it together, and an interrupted one goes on."""
-    weights = hashlib.sha256()
-    for w in vae.state_dict().values():
-        weights.update(w.float().cpu().contiguous().numpy().tobytes())
-    names = [Path(file).name for file in files]
-    made_from = repr((weights.hexdigest(), s.size, s.seed, names))
-    key = hashlib.sha256(made_from.encode()).hexdigest()
-    path = Path(s.run, f"latents-{key[:12]}.bin")
-    part = path.with_suffix(".part")
-    shape = (len(files), 2, *latent_shape(vae, s, device))
+                  f"makes their sides multiples of --patch {s.patch}")
+    shape = (len(files), 2, *shape)
     finished = path.exists()
     # Where there is no such file yet, this makes one that is full of zeros.
     z = torch.from_file(str(path if finished else part), shared=True, size=math.prod(shape),
                         dtype=torch.float16).view(shape)
     if not finished:
         rank, world = data.processes()
-        batches = [range(i, min(i + 16, len(files))) for i in range(0, len(files), 16)]
-        todo = [batch for batch in batches[rank::world] if z[batch[-1], -1, -1, -1, -1] == 0]
-        loader = DataLoader(files, batch_sampler=todo, num_workers=s.workers,
-                            collate_fn=functools.partial(read_squares, size=s.size))
-        for batch, x in zip(todo, tqdm(loader, desc="latents", disable=rank > 0, **data.BAR)):
-            data.seed_step(s, "latents", batch[0])
-            x = losses.from_uint8(x.to(device))
-            both = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)  # (2 b, 3, size, size)
+        todo = [i for i in range(rank, len(files), world) if z[i, -1, -1, -1, -1] == 0]
+        # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
+        read = functools.partial(data.read_square, size=s.size, resize=s.size)
+        loader = DataLoader(files, batch_size=None, sampler=todo, collate_fn=read,
+                            num_workers=s.workers)
+        for i, x in zip(todo, tqdm(loader, desc="latents", disable=rank > 0)):
+            data.seed_step(s, "latents", i)
+            x = losses.from_uint8(torch.stack([x, x.flip(-1)]).to(device))  # (2, 3, size, size)
             # not in the paper: one sample of the posterior, not a new one each time
-            latents = vae.encode(both).sample().unflatten(0, (-1, 2))  # (b, 2, k, h, w)
-            z[batch[0]:batch[-1] + 1] = latents.half().cpu()
+            z[i] = vae.encode(x).sample().half().cpu()  # (2, k, h, w)
         if world > 1:
             dist.barrier()
         if rank == 0:
             part.rename(path)
-    return z, [weights.hexdigest(), key]
+    return z, key
 
 
 # ---------------- training
@@ -479,11 +423,11 @@ def train(s, vae, vae_path, device):
     frozen = QwenClip(s, device) if s.text_encoder == "qwen-clip" else None
     rank, _ = data.processes()
     score = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
-    latents, parent = encode_all(s, vae, [p["file"] for p in pictures], device)
+    files = [picture["file"] for picture in pictures]
+    latents, parent = encode_all(s, vae, vae_path, files, device)
 
     torch.manual_seed(s.seed)  # the same network whether latents were made just now or not
-    net = DiT(network(s)).to(device)
-    net.checkpointing = s.checkpointing
+    net = DiT(data.part(Network, s)).to(device)
     some = latents[::math.ceil(len(latents) / 10_000)].float()
     net.latent_mean.copy_(some.mean((0, 1, 3, 4))[:, None, None])
     net.latent_std.copy_(some.std((0, 1, 3, 4))[:, None, None])
@@ -494,12 +438,13 @@ def train(s, vae, vae_path, device):
     optimizers = training.make_optimizers(net.parameters(), inside, adamw, s.muon_lr)
     state = dict(model=net, ema=ema, **optimizers)
     step = data.resume(out, state, s, stage, parent)
-    for block in net.blocks if s.compile else ():
-        block.compile()
+    if s.compile:
+        for block in net.blocks:
+            block.compile()
 
     data.listen()
     bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step",
-               disable=rank > 0, **data.BAR)
+               disable=rank > 0)
     for step in bar:
         data.seed_step(s, stage, step)
         loss = 0.0  # mean over the parts of a batch
@@ -518,7 +463,7 @@ def train(s, vae, vae_path, device):
             if looking and rank == 0:
                 numbers |= validate(ema, vae, frozen or ema.bytes, val, score, s)
             data.log(s.run, stage, step, numbers, bar)
-        data.save(out, state, s, step, looking, parent=parent, vae=str(vae_path))
+        data.save(out, state, s, step, looking, parent=parent, vae=vae_path)
 
 
 def batch_loss(net, encode, latents, pictures, s):
@@ -543,20 +488,14 @@ def validate(ema, vae, encode, val, score, s):
     return {"clip_score": score(tiles, val)} if score else {}
 
 
-def network(s):
-    return Network(**{field.name: getattr(s, field.name) for field in fields(Network)})
-
-
 def clip_scorer(name, device):
     """Fig. 6: a function of pictures and prompts, the mean of 100 max(cos, 0) of their CLIP
     features. ([16] has 2.5 for 100, and writes "A photo depicts" before each prompt.)"""
-    try:
+    with data.needs(f"--clip-score {name} needs pip install transformers, and that model; "
+                    "'' goes without"):
         from transformers import CLIPModel, CLIPProcessor
         clip = CLIPModel.from_pretrained(name).to(device).eval()
         processor = CLIPProcessor.from_pretrained(name)
-    except Exception as error:
-        data.fail(f"--clip-score {name} needs pip install transformers, and that model "
-                  f"({type(error).__name__}); --clip-score '' goes without")
 
     @torch.no_grad()
     def score(pictures, prompts):
@@ -579,7 +518,7 @@ def draw_samples(s, device):
     vae = finetuning.load_vae(s.vae or file["vae"], device)
     given = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
     s = Settings(**file["settings"] | {name: getattr(s, name) for name in given})
-    net = DiT(network(s)).to(device).eval()
+    net = DiT(data.part(Network, s)).to(device).eval()
     net.load_state_dict(file["ema"])
     tiles = draw(net, vae, net.bytes or QwenClip(s, device), s.sample, s)
     data.save_sheet(Path(s.run, "sample.png"), tiles, min(4, len(tiles)), captions=s.sample)
@@ -588,15 +527,15 @@ def draw_samples(s, device):
 def main(s):
     if s.dry_run:
         with torch.device("meta"):
-            return data.show(s, dit=model.count(DiT(network(s))))
+            return data.show(s, dit=model.count(DiT(data.part(Network, s))))
     device = data.pick_device(s)
     if s.sample:
         return draw_samples(s, device)
     own = Path(s.run, "vae_finetuned.pt")
-    vae_path = s.vae or (own if own.is_file() else Path(s.run, "vae.pt"))
+    vae_path = s.vae or str(own if own.is_file() else Path(s.run, "vae.pt"))
     print(f"latents of {vae_path}")
     train(s, finetuning.load_vae(vae_path, device), vae_path, device)
 
 
 if __name__ == "__main__":
-    data.command_line(main, Settings, PRESETS, __doc__)
+    main(data.parse_cli(Settings, PRESETS, __doc__))

@@ -70,7 +70,7 @@ def vae_settings(run, **more):
 
 
 def decoder_settings(run, **more):
-    return finetuning.Settings(**(TRAIN | dict(run=str(run), steps=4, unet="laptop") | more))
+    return finetuning.Settings(**(TRAIN | dict(run=str(run), steps=4, unet="demo") | more))
 
 
 def dit_settings(run, **more):

@@ -102,7 +102,7 @@ def prompts():
 def main(run):
     checkpoint = data.read_checkpoint(Path(run, "dit.pt"), "run 07_train_dit.py first")
     s = dit.Settings(**checkpoint["settings"])
-    net = dit.DiT(dit.network(s)).eval()
+    net = dit.DiT(data.part(dit.Network, s)).eval()
     net.load_state_dict(checkpoint["ema"])
     vae = dit.finetuning.load_vae(checkpoint["vae"])
     right = []

@@ -99,8 +99,8 @@ def test_every_kind_of_model(run, capsys):
     the yardstick's numbers are what they should be."""
     small_vae(run / "vae.pt")
     denoising = small_vae()
-    finetuning.give_denoising_decoder(denoising, "laptop")
-    torch.save(dict(settings=dict(decoder="denoising", unet="laptop"), ema=denoising.state_dict(),
+    finetuning.give_denoising_decoder(denoising, "demo")
+    torch.save(dict(settings=dict(decoder="denoising", unet="demo"), ema=denoising.state_dict(),
                     architecture=vars(denoising.architecture)), run / "vae_denoising.pt")
 
     class Codec(torch.nn.Module):

@@ -315,7 +315,7 @@ def test_unets_have_the_papers_sizes():
 def test_velocity_and_sampling(monkeypatch):
     """What the network sees, and Euler's three steps against a velocity that is known."""
     vae = small_vae()
-    finetuning.give_denoising_decoder(vae, "laptop")
+    finetuning.give_denoising_decoder(vae, "demo")
     decoder = vae.decoder
     for p in decoder.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -346,7 +346,7 @@ def test_denoising_losses_by_hand():
     assert (s.lambda_perc, s.lambda_adv, s.beta1, s.beta2) == (0.5, 0.5, 0, 0.999)
     assert (s.ema_decay, s.warmup) == (0.999, 10)
     vae = finetuning.freeze_encoder(small_vae(width=8))
-    finetuning.give_denoising_decoder(vae, "laptop")
+    finetuning.give_denoising_decoder(vae, "demo")
     torch.manual_seed(1)
     disc = finetuning.PairDiscriminator(8)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
