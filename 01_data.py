@@ -19,7 +19,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib
 import inspect
 import io
 import json
@@ -73,14 +72,14 @@ class Settings(Run):
     min_score: float = 4.5     # Sec. 5.1: keep aesthetic scores above this
     resize: int = 480          # Sec. 5.1: shorter side after the resize
     interpolation: typing.Literal["bicubic", "nearest"] = "bicubic"  # Sec. 5.1 warns of nearest
-    val_share: float = 0.01    # not in the paper: share that validates; at least five, or a quarter
+    val_share: float = 0.01    # not in the paper: share that validates; of few pictures more
     count: int = 10_000        # scenes to draw, of height --min-side, where no folder is given
 
 
 # Without --preset it is demo, which divides the paper's 480 and 240 by about four.
 PRESETS = {"paper": {}, "small": dict(count=20_000),
            "demo": dict(min_side=360, resize=128, count=2200, val_share=0.03)}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever a file's name says
 
 
@@ -132,7 +131,8 @@ def read_list(run, split, side):
     path = folder / "metadata.jsonl"
     if not path.is_file():
         fail(f"{path} is missing: run 01_data.py first")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f]
     pictures = [{"file": str(folder / line["file_name"]), "text": line["text"]} for line in lines]
     stored = min(Image.open(pictures[0]["file"]).size)
     if stored < side:
@@ -158,36 +158,39 @@ def find_pictures(folder):
 # ---------------- one picture in, one picture out
 
 def name_hash(source, s):
-    """16 hexadecimal digits of a picture's place in its folder, or of a scene's number."""
+    """A number in [0, 1) that follows from a picture's place in its folder, or a scene's number."""
     name = f"scene {source}" if isinstance(source, int) else os.path.relpath(source, s.images)
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) / 16 ** 8
 
 
 def prepare(source, s, val_below):
     """Filter, resize and store one picture, a path or the number of a scene. Returns its list
     ("train", "val" or "rejected"), and its line there."""
-    key = name_hash(source, s)
-    split = "val" if key < val_below else "train"  # it follows from the name alone
-    # Other settings make other files.
-    made = f"{key} {s.seed} {s.min_side} {s.resize} {s.interpolation}"
-    digits = hashlib.sha256(made.encode()).hexdigest()[:16]
-    file_name = f"{digits[:2]}/{digits}.webp"  # 256 folders, so that millions can still be listed
-    stored = Path(s.run, "data", split, file_name)
+    split = "val" if name_hash(source, s) < val_below else "train"
     scene = isinstance(source, int)
     try:
         if scene:
             caption = scene_caption(s.seed, source, split)
+            made_from = s.seed
         else:
             caption, score = read_caption(source)
             if score is not None and score <= s.min_score:
                 raise ValueError(f"aesthetic score {score:g} is not above {s.min_score:g}")
+            made_from = source.stat().st_size, source.stat().st_mtime_ns
+        # Whatever changes the stored picture changes its name.
+        key = repr((str(source), made_from, s.min_side, s.resize, s.interpolation))
+        digits = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        file_name = f"{digits[:2]}/{digits}.webp"  # 256 folders, so that millions can be listed
+        stored = Path(s.run, "data", split, file_name)
         line = {"file_name": file_name, "text": caption}
         if stored.exists():
             return split, line
         im = draw_scene(s.seed, source, split, s.min_side) if scene else open_picture(source)
         if min(im.size) < s.min_side:
-            raise ValueError(f"shorter side of {im.width}x{im.height} is below {s.min_side}")
+            raise ValueError(f"{im.width}x{im.height}: the shorter side is below {s.min_side}")
         im = resize_shorter(im, s.resize, s.interpolation)
+        if max(im.size) > 16383:
+            raise ValueError(f"{im.width}x{im.height} is too long for WebP")
     except Exception as error:  # one bad file of a million stops nothing
         return "rejected", {"source": str(source), "reason": f"{type(error).__name__}: {error}"}
     # Lossless, smaller than PNG, written in half the time. A full disk ends the run.
@@ -197,6 +200,7 @@ def prepare(source, s, val_below):
 
 def open_picture(path):
     """A PIL picture: sRGB, upright, transparency over white. Raises what Pillow raises."""
+    # not in the paper: all of this
     im = Image.open(path, formats=FORMATS)
     if im.mode[0] in "IF":  # Pillow would clip it, and does not say what white is
         raise ValueError(f"more than 8 bits per value (mode {im.mode}): convert it first")
@@ -220,12 +224,12 @@ def read_caption(path):
     """(caption or "", aesthetic score or None) from the .txt and .json beside a picture."""
     meta = {}
     if path.with_suffix(".json").is_file():
-        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8-sig"))
     caption = meta.get("caption")
     if path.with_suffix(".txt").is_file():
         caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
     scores = [value for key, value in meta.items()
-              if key.lower().startswith("aesthetic") and isinstance(value, (int, float))]
+              if key.lower().startswith("aesthetic") and type(value) in (int, float)]
     return caption.strip() if isinstance(caption, str) else "", scores[0] if scores else None
 
 
@@ -304,11 +308,12 @@ def main(s):
         fail(f"--resize {s.resize} must lie between 1 and --min-side {s.min_side} (Sec. 5.1)")
     sources = list(range(s.count))
     if s.images != "synthetic":
-        sources = find_pictures(s.images)
-    # A share of all hashes; of a small folder five pictures, or a quarter.
-    keys = sorted(name_hash(source, s) for source in sources)
-    handful = keys[min(5, len(keys) // 4)]
-    val_below = max(f"{int(s.val_share * 16 ** 8):08x}", handful)
+        sources = [p for p in find_pictures(s.images) if Path(s.run, "data") not in p.parents]
+    if not sources:
+        fail(f"--images {s.images}, --count {s.count}: nothing to do")
+    # Of a small folder five pictures, or a quarter.
+    numbers = sorted(name_hash(source, s) for source in sources)
+    val_below = max(s.val_share, numbers[min(5, len(numbers) // 4)])
     lists = {"train": [], "val": [], "rejected": []}
     # Its processes call prepare() on one source at a time.
     work = functools.partial(prepare, s=s, val_below=val_below)
@@ -353,7 +358,7 @@ def parse_cli(Settings, presets, doc, argv=None):
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(presets), default="demo",
-                        help="named sets of values [demo]")
+                        help="sets of values; in brackets below: what they leave alone [demo]")
     for field in dataclasses.fields(Settings):
         options = {"type": field.type}
         if field.type is bool:
@@ -371,7 +376,7 @@ def parse_cli(Settings, presets, doc, argv=None):
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def part(cls, s):
+def pick(cls, s):
     """The fields of a dataclass among a stage's settings."""
     return cls(**{field.name: getattr(s, field.name) for field in dataclasses.fields(cls)})
 
@@ -385,8 +390,8 @@ def check_settings(before, now, free, path):
     """Refuse values other than `before`, except of the names in `free`."""
     before, now = json.loads(json.dumps([before, now]))  # tuples become lists
     for name in sorted(now.keys() - free):
-        if now[name] != before[name]:
-            fail(f"{path} was made with --{name.replace('_', '-')} {before[name]}, now it is "
+        if now[name] != before.get(name):
+            fail(f"{path} was made with --{name.replace('_', '-')} {before.get(name)}, now it is "
                  f"{now[name]}: keep the old value, or take another --run")
 
 
@@ -413,18 +418,26 @@ def read_checkpoint(path, remedy):
     with open(path, "rb") as f:
         safetensors = f.read(9)[8:] == b"{"  # it begins with a length, then JSON
     if safetensors:
-        with needs(f"{path} needs pip install safetensors"):
-            return importlib.import_module("safetensors.torch").load_file(path)
+        with needs(f"{path} must be whole, and needs pip install safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
     with needs(f"{path} cannot be read as weights: {remedy}"):
-        # Lightning leaves classes beside weights: all but tensors and the like become stubs.
+        # Lightning leaves classes beside weights: all but tensors and the like become Stubs.
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(stub, name) for name in unknown]):
+        with torch.serialization.safe_globals([(Stub, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def stub(*args):
+class Stub(dict):
     """In place of any class in others' checkpoints: none of theirs is ever run."""
-    return {}
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
 
 
 def file_hash(path):
@@ -442,16 +455,14 @@ def pick_device(s):
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.backends.cudnn.benchmark = True  # crops have one size
     name = s.device
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator() or "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if name.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # they may wait long
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return torch.device(name)
 
 
@@ -494,11 +505,11 @@ FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precisi
         "guidance", "shift"}
 
 
-def save(path, state, s, step, looking, **about):
-    """Write a checkpoint if `looking`, or if a signal asked to stop, and then stop. The first
+def save(path, state, s, step, milestone, **about):
+    """Write a checkpoint if `milestone`, or if a signal asked to stop, and then stop. The first
     process does: all have the same weights, and the others end with it. state: {name: module or
     optimizer}; about: what else a reader of the file needs."""
-    if processes()[0] > 0 or not (looking or INTERRUPTS):
+    if processes()[0] > 0 or not (milestone or INTERRUPTS):
         return
     if not all(weights.isfinite().all() for weights in state["model"].parameters()):
         fail(f"step {step}: weights are not finite; {NOT_FINITE}")
@@ -523,8 +534,9 @@ def resume(path, state, s, stage, parent=""):
         check_settings(checkpoint["settings"], asdict(s), free, path)
         if checkpoint["parent"] != parent:
             fail(f"what {path} was begun from has changed: take another --run, or remove it")
-        for name, module in state.items():
-            module.load_state_dict(checkpoint[name])
+        with needs(f"{path} does not fit these settings: keep its own"):
+            for name, module in state.items():
+                module.load_state_dict(checkpoint[name])
         step = checkpoint["step"]
         print(f"{path} goes on after step {step} of {s.steps}")
     if processes()[0] == 0 and Path(s.run, "log.jsonl").exists():
@@ -573,8 +585,8 @@ def log(run, stage, step, numbers, bar):
 
 def read_log(run):
     """The lines of RUN/log.jsonl, less one that a crash cut off."""
-    text = Path(run, "log.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    with open(Path(run, "log.jsonl")) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def draw_curves(run):
@@ -595,7 +607,8 @@ def draw_curves(run):
         scaled = [(left + (w - 30) * step / points[-1][0], top + h - 8 - 72 * (v - low) / height)
                   for step, v in points]
         draw.text((left, top + 4), f"{stage[:2]} {name}, {points[-1][0]} steps", "black")
-        draw.text((left, top + 18), f"{low:.4g} to {low + height:.4g}, last {values[-1]:.4g}")
+        draw.text((left, top + 18), f"{low:.3g} to {low + height:.3g}, last {values[-1]:.3g}",
+                  "gray")
         draw.line(scaled, (30, 60, 160), 2)
     write_aside(Path(run, "curve.png"), lambda f: sheet.save(f, "PNG"))
 

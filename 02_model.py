@@ -216,7 +216,7 @@ class Decoder(nn.Module):
 
 
 class Posterior:  # q(z|x) = N(mu, exp(logvar)), Sec. 3.1
-    """mu and logvar: (b, k, h/f, w/f). Without a logvar (others' autoencoders) it is a point."""
+    """mu and logvar: (b, k, h/f, w/f). Without a logvar (others' autoencoders) a sample is mu."""
     def __init__(self, mu, logvar=None):
         self.mu = mu
         # not in the paper: as CompVis, against overflow
@@ -258,7 +258,7 @@ class VAE(nn.Module):
 
 def architecture(s):
     """The Architecture among a stage's settings; stops where no network fits it."""
-    a = data.part(Architecture, s)
+    a = data.pick(Architecture, s)
     levels = range(len(a.width_mult))
     if not set(a.attention_levels) <= set(levels):
         data.fail(f"--attention-levels {a.attention_levels} must be among {list(levels)}")
@@ -286,10 +286,10 @@ def load_vae(path, device="cpu", adapt=None):
     else:
         weights = compvis_weights(checkpoint)
         a = compvis_architecture(weights, path)
-    vae = VAE(a)
-    if adapt:
-        adapt(vae, checkpoint)
     with data.needs(f"{path} is not an autoencoder that load_vae knows"):
+        vae = VAE(a)
+        if adapt:
+            adapt(vae, checkpoint)
         vae.load_state_dict(weights)
     return vae.to(device).eval()
 
@@ -365,7 +365,8 @@ def main(s):
     for module in names:
         if isinstance(module, (ResBlock, AttnBlock, Downsample, Upsample, Encoder, Decoder)):
             module.register_forward_hook(print_row)
-    vae(x)
+    with data.needs(f"--size {s.size}"):
+        vae(x)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
 
     python 03_losses.py --preset demo
 
-Pictures x and x_hat are (b, 3, h, w) in [-1, 1]. All losses are means: KL and L2 over elements,
-logits and each layer of LPIPS over positions. Eq. 3 and 4 print sums. Why means?
-Eq. 1 with a Gaussian p(x|z) of mean x_hat and variance s^2 is, up to a constant,
-    -|x - x_hat|^2 / (2 s^2) - KL,                to be maximized. Times -2 s^2:
-    |x - x_hat|^2 + 2 s^2 KL,                     to be minimized: Eq. 7 between sums.
+Pictures x and x_hat are (b, 3, h, w) in [-1, 1]. All losses are means, also over the batch: KL and
+L2 over elements, GAN over logits, LPIPS over the positions of each layer. Eq. 3 and 4 print sums.
+Why means? Eq. 1 with a Gaussian p(x|z) of mean x_hat and variance v is, up to a constant,
+    -|x - x_hat|^2 / (2 v) - KL,               to be maximized. Times -2 v:
+    |x - x_hat|^2 + 2 v KL,                    to be minimized: Eq. 7, if both terms are sums.
 A picture has N = 3 h w values and J = N / 12 latents (f = 8, 16 channels: 16 / (3 * 8 * 8)).
-Divided by N the two sums become means:
-    mean (x - x_hat)^2 + 2 s^2 / 12 * mean KL.
-So lambda_kl is 2 s^2 between sums and s^2 / 6 between means. s is how far from x the decoder may
-land for nothing, as a PSNR 10 log10(2^2 / s^2), for values in a range of 2:
-    lambda_kl             read between sums      between means
-    1e-4 (Table 3)        49 dB                  38 dB
-    1e-3 (it blurred)     39 dB, invisible       28 dB, visible
-Only between means does the paper's "decreasing by 10 times solved the problem" come out.
+Divided by N both terms become means:
+    mean (x - x_hat)^2 + 2 v / 12 * mean KL.
+So lambda_kl is 2 v if both are sums, and v / 6 if both are means. sqrt(v) is the error of a pixel
+that the model takes for noise: fainter details cost more KL than they save in L2, so they are
+dropped. As a PSNR, for values in a range of 2, that is 10 log10(2^2 / v):
+    lambda_kl                        if sums              if means
+    1e-4 (Table 3)                   49 dB                38 dB
+    1e-3 (Sec. 5.2: ten times more)  39 dB, invisible     28 dB, a visible blur
+The paper saw a blur that ten times less cured. That fits means (LPIPS and GAN left aside).
 """
 import importlib
 import math
@@ -66,8 +67,7 @@ def recon_loss(x, x_hat):  # L2 reconstruction, Eq. 4
 
 
 def psnr(x, x_hat):
-    """Peak signal-to-noise ratio of each picture in dB, (b,), after rounding to 8 bits; of an exact
-    copy 100."""
+    """Peak signal-to-noise ratio of each picture in dB, (b,), in 8 bits; 100 for an exact copy."""
     error = to_uint8(x).float() - to_uint8(x_hat).float()
     return (10 * torch.log10(255 ** 2 / error.square().mean((1, 2, 3)))).clamp(max=100)
 
@@ -114,7 +114,7 @@ class Perceptual(nn.Module):  # Eq. 6
             # not in the paper: Eq. 6 prints an L1 norm at one l; LPIPS sums squares over all l
             difference = (f - f_hat).square()  # (b, c, h', w')
             if self.trained:
-                difference = self.lpips.lins[i](difference)  # its weights of channels: (b, 1, ., .)
+                difference = self.lpips.lins[i](difference)  # weighs channels: (b, 1, ., .)
             total = total + difference.sum(1).mean()
         return total
 
@@ -123,8 +123,8 @@ class Perceptual(nn.Module):  # Eq. 6
 
 class Discriminator(nn.Module):
     """PatchGAN: pictures (b, 3, h, w) to one logit per patch (b, 1, h', w'); positive is real."""
+    # not in the paper: PatchGAN, width and layers, as in MoVQGAN; it judges patches of 34 x 34
     def __init__(self, width=64, layers=2, channels=3):
-        # not in the paper: width and layers, as in MoVQGAN; it judges patches of 34 x 34
         super().__init__()
         blocks = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         c = width
@@ -132,8 +132,8 @@ class Discriminator(nn.Module):
             c_in = c
             c = width * min(2 ** i, 8)
             stride = 2 if i < layers else 1
-            # not in the paper: GroupNorm where the base code has BatchNorm. So the verdict on a
-            # picture does not depend on its neighbors in the batch.
+            # not in the paper: GroupNorm for the base code's BatchNorm, so that the verdict on a
+            # picture does not depend on the batch
             blocks += [nn.Conv2d(c_in, c, 4, stride=stride, padding=1, bias=False),
                        nn.GroupNorm(math.gcd(c, 8), c), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*blocks, nn.Conv2d(c, 1, 4, padding=1))
@@ -148,9 +148,9 @@ class Discriminator(nn.Module):
 def adversarial_loss(fake, kind="hinge"):  # Eq. 5
     """What the VAE minimizes, from the discriminator's logits of x_hat.
 
-    "log" is Eq. 5 as printed, log(1 - D(x_hat)) with D = sigmoid(logit). Its gradient, -D, vanishes
-    where the discriminator is sure, which it soon is when it trains from step 0. So the default is
-    the base code's hinge form, whose gradient is constant.
+    "log" is Eq. 5 as printed, log(1 - D(x_hat)) with D = sigmoid(logit). Its gradient in the logit,
+    -D, vanishes where D is sure that x_hat is false, and from step 0 on it soon is. So the default
+    is the base code's hinge form, whose gradient is constant.
     """
     if kind == "hinge":
         return -fake.mean()
@@ -173,11 +173,11 @@ def total_loss(kl, recon, adv, perc, lambda_kl, s):  # Eq. 7
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
 
-# ---------------- neighbors: what else can hold latents together
+# ---------------- a neighbor: other regularizers
 # Not in VIVAT: pass over it on a first reading.
 
 def regularizer(mu, logvar, z, step, s):
-    """(what stands in KL's place in Eq. 7, its weight at this step, from 1)."""
+    """The KL term or its substitute, and its weight at `step` (from 1)."""
     if s.regularizer == "ve":
         return variance_expansion(z, logvar), s.lambda_ve
     lambda_kl = s.lambda_kl * min(1.0, step / max(1, s.kl_warmup))
@@ -191,9 +191,8 @@ def free_bits(mu, logvar, nats):  # Kingma et al., 2016: max(nats, KL) for each 
 
 
 def variance_expansion(z, logvar):  # arXiv 2603.21085, Eq. 9 to 11
-    """1 / sigma^2 pushes against the reconstruction, which wants no noise in z; exp(|z| - tau)
-    keeps z from growing instead. Both (b, k, h/f, w/f), in FP32. z is the sample, mu + sigma noise.
-    """
+    """Both (b, k, h/f, w/f), in FP32; z is the sample. The reconstruction would shrink sigma to 0:
+    1 / sigma^2 resists. z could also grow to drown the noise: exp(|z| - tau) stops that."""
     delta = 1e-6  # "tiny" in its paper, no number
     tau = 1.0
     hold_weight = 1e-6 / 0.1  # its lambda_2 in units of lambda_1
@@ -224,7 +223,7 @@ def blur(x, strength):
 
 
 def border(x, strength):
-    """Corner artifact: a frame of blur, 16 pixels wide (Fig. 2e); darker too, to be seen."""
+    """Corner artifact: a frame of blur, 16 pixels wide (Fig. 2e), here darker too, to be seen."""
     inside = torch.zeros_like(x)
     inside[..., 8:-8, 8:-8] = 1
     mask = 1 - gaussian_blur(inside, [17, 17], [3.0, 3.0])  # 1 at the edge, 0 from 16 px on

@@ -40,7 +40,7 @@ class Training(data.TrainingRun):
     regularizer: Literal["kl", "ve"] = "kl"  # not in VIVAT: ve is Variance Expansion for KL
     lambda_ve: float = 0.1 / 12  # its paper's 0.1 between sums, times J / N (head of 03)
     kl_warmup: int = 0          # not in VIVAT: steps in which lambda_kl rises from 0
-    free_bits: float = 0.0      # not in VIVAT: nats per latent value that a channel has for nothing
+    free_bits: float = 0.0      # not in VIVAT: free nats per latent value, for each channel
     # Eq. 5 as printed is "log", see adversarial_loss
     gan_loss: Literal["hinge", "log"] = "hinge"  # not in the paper: the base code has hinge
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's choice
@@ -88,25 +88,26 @@ def compute_losses(x, vae, disc, perceptual, step, s):
     recon = losses.recon_loss(x, x_hat)  # Eq. 4
     adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
     perc = perceptual(x, x_hat)  # Eq. 6
-    total = losses.total_loss(kl, recon, adv, perc, lambda_kl, s)  # Eq. 7
-    return total, disc_loss, dict(total=total, kl=kl, recon=recon, adv=adv, perc=perc,
-                                  disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
+    vae_loss = losses.total_loss(kl, recon, adv, perc, lambda_kl, s)  # Eq. 7
+    return vae_loss, disc_loss, dict(total=vae_loss, kl=kl, recon=recon, adv=adv, perc=perc,
+                                     disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
 
-def add_gradients(total, disc_loss, vae_weights, disc_weights):
-    """Add each player's gradient to its own weights. Table 2: the discriminator plays from step 0.
+def add_gradients(vae_loss, disc_loss, vae_weights, disc_weights):
+    """Add each player's gradient to its own weights.
 
-    not in the paper: one x_hat, judged once, serves both players. So both losses hang on the same
-    graph, which leads from `fake` through the discriminator into the VAE, and each backward pass
-    must be kept from the other player's weights:
-    - `inputs=` names the weights that a pass gives gradients to. The discriminator's loss thus
-      stops short of the VAE, as if x_hat had been detached, and the VAE's loss runs through the
-      discriminator without a trace there, as if that had been frozen by requires_grad_(False).
-    - `retain_graph=True` leaves that graph to the second pass.
-    Both gradients are of the weights before this step: no optimizer moves until both are there.
+    not in the paper: both players use one x_hat, judged once, which saves the usual second run of
+    both networks. So both losses hang on one graph, which leads from `fake` through the
+    discriminator into the VAE, and each backward pass must be kept from the other's weights:
+    - `inputs=` names the weights that get gradients. The discriminator's loss thus stops short of
+      the VAE, as if x_hat were detached; the VAE's loss runs through the discriminator and leaves
+      no gradient on its weights, as if requires_grad_(False) had frozen them.
+    - `retain_graph=True` keeps the shared part, disc(x_hat), which the first pass would free.
+    Both gradients are of the weights before this step, in either order: no optimizer moves before
+    both are there.
     """
     disc_loss.backward(inputs=disc_weights, retain_graph=True)
-    total.backward(inputs=vae_weights)
+    vae_loss.backward(inputs=vae_weights)
 
 
 # ---------------- the loop
@@ -115,7 +116,7 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
     """Train `disc` and what requires a gradient in `vae` up to s.steps, into the file `out`.
 
     compute: compute_losses, or 05's own. parent: hash of the file that training began from.
-    fresh: weights begin at random, which their average shall forget.
+    fresh: weights begin at random, which their average must forget.
     """
     device = next(vae.parameters()).device
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
@@ -143,24 +144,25 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
         terms = collections.defaultdict(float)  # means over the parts of a batch
         for _ in range(s.accumulate):
             x = losses.from_uint8(next(loader).to(device, memory_format=torch.channels_last))
-            total, disc_loss, part = compute(x, forward, disc, perceptual, step, s)
-            add_gradients(total / s.accumulate, disc_loss / s.accumulate, vae_weights, disc_weights)
-            for name in part:
-                terms[name] += part[name].detach() / s.accumulate
-            del total, disc_loss, part  # and with them the graph, before the next one
+            vae_loss, disc_loss, logged = compute(x, forward, disc, perceptual, step, s)
+            add_gradients(vae_loss / s.accumulate, disc_loss / s.accumulate, vae_weights,
+                          disc_weights)  # Table 2: the discriminator plays from step 0
+            for name in logged:
+                terms[name] += logged[name].detach() / s.accumulate
+            del vae_loss, disc_loss, logged  # and with them the graph, before the next one
         data.average(w.grad for w in vae_weights + disc_weights)
         terms["grad_vae"] = torch.nn.utils.clip_grad_norm_(vae_weights, s.clip_norm)
         terms["grad_disc"] = torch.nn.utils.clip_grad_norm_(disc_weights, s.clip_norm)
         update(optimizers, rate_factor(step, s))
-        update_average(ema, vae, average_decay(step, s) if fresh else s.ema_decay)
+        update_ema(ema, vae, ema_decay_at(step, s) if fresh else s.ema_decay)
 
-        looking = step % s.val_every == 0 or step == s.steps
-        if looking or step % s.log_every == 0:
+        milestone = step % s.val_every == 0 or step == s.steps
+        if milestone or step % s.log_every == 0:
             numbers = data.gather(terms, step)
-            if looking and rank == 0:
+            if milestone and rank == 0:
                 numbers |= validate(ema, val, perceptual, s)
             data.log(s.run, stage, step, numbers, bar)
-        data.save(out, state, s, step, looking, parent=parent,
+        data.save(out, state, s, step, milestone, parent=parent,
                   architecture=asdict(vae.architecture))
 
 
@@ -196,13 +198,13 @@ def rate_factor(step, s):
 
 
 @torch.no_grad()
-def update_average(ema, net, decay):  # Table 2: EMA decay
+def update_ema(ema, net, decay):  # Table 2: EMA decay
     """Move each averaged weight towards the trained one."""
     for average, weight in zip(ema.parameters(), net.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def average_decay(step, s):
+def ema_decay_at(step, s):
     # not in the paper: the usual warm-up, so that the random start is forgotten
     return min(s.ema_decay, (1 + step) / (10 + step))
 
@@ -237,10 +239,10 @@ def orthogonal(g):
     return x.mT if tall else x
 
 
-def make_optimizers(weights, inside, adam, muon_lr):
-    """{name: optimizer}: Muon for the matrices among `inside`, where muon_lr is above 0; `adam`, a
-    function of weights, for the rest."""
-    matrices = [w for w in inside if w.ndim > 1 and muon_lr > 0]
+def make_optimizers(weights, candidates, adam, muon_lr):
+    """{name: optimizer}: Muon for the matrices among the candidates, where muon_lr is above 0;
+    `adam`, a function of weights, for the rest."""
+    matrices = [w for w in candidates if w.ndim > 1 and muon_lr > 0]
     taken = set(matrices)
     optimizers = {"adam": adam([w for w in weights if w not in taken])}
     if matrices:
@@ -248,7 +250,7 @@ def make_optimizers(weights, inside, adam, muon_lr):
     return optimizers
 
 
-# ---------------- looking
+# ---------------- milestone
 
 @torch.no_grad()
 def validate(ema, x, perceptual, s):
@@ -257,7 +259,7 @@ def validate(ema, x, perceptual, s):
     psnr = 0.0
     perc = 0.0
     shown = []
-    for part in x.split(s.batch):
+    for part in x.split(data.part_size(s)):
         x_hat = ema.decode(ema.encode(part).mu)
         psnr += losses.psnr(part, x_hat).sum().item() / len(x)
         perc += perceptual(part, x_hat).item() * len(part) / len(x)

@@ -7,7 +7,6 @@ Writes  RUN/vae_finetuned.pt, or with --decoder denoising RUN/vae_denoising.pt;
 Paper   Sec. 5.3; Sec. 5.2 names it as a cure of the color shift.
 
     python 05_finetune_decoder.py --preset small --run runs/mine
-    python 05_finetune_decoder.py --preset small --run runs/mine --decoder denoising
 
 It is the training of 04 from its EMA weights, with new optimizers, other crops and one difference:
 the encoder stays as it is, bit for bit. So latents of all these checkpoints are interchangeable.
@@ -56,9 +55,11 @@ def freeze_encoder(vae):
 
 # ---------------- a neighbor: a decoder that denoises
 # Not in VIVAT: pass over it on a first reading. From eps-VAE (arXiv 2410.04081, "E" here), which
-# trains the encoder along with it; here that stays as it is.
+# trains the encoder along with it; here that stays as it is. With the numbers of E, C.2:
+#     python 05_finetune_decoder.py --decoder denoising --lambda-perc 0.5 --lambda-adv 0.5
+#         --beta1 0 --beta2 0.999 --ema-decay 0.999 --warmup 5000
 
-UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention, see below
+UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention
     "B": (64, (1, 1, 2, 2, 4), 2, (3,)),
     "M": (96, (1, 1, 2, 2, 4), 2, (3, 4)),
     "L": (128, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
@@ -66,17 +67,12 @@ UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention
     "H": (256, (1, 1, 2, 2, 4), 2, (2, 3, 4)),
     "demo": (24, (1, 2, 2, 4), 1, ()),  # not in E
 }
-# E does not say where attention is. With these levels, and with blocks that change resolution and
-# six outputs as in ADM, all five counts of parameters come out to the last digit.
+# E leaves open where attention is. With these levels, and ADM's resizing blocks and six outputs,
+# all five counts of parameters match exactly.
 OUTPUTS = 6     # as ADM, whose last three are for a variance; not used here
-GAMMA = 0.6     # E, Table 4 (f): pictures are made so much darker, so that x_t is noisier at each t
+GAMMA = 0.6     # E, Table 4 (f): pictures have so much less contrast; x_t is noisier at each t
 DEVIATION = 0.5  # not in E: of a picture's values in [-1, 1], to bring x_t to deviation 1
-R1 = 0.02       # not in E, where it is lost: at 1 the discriminator goes silent
-
-# E, C.2, in place of 04's values
-CHOSEN = dict(lambda_perc=0.5, lambda_adv=0.5, beta1=0.0, beta2=0.999)
-EMA_DECAY = 0.999
-WARMUP = 5000
+R1 = 0.02       # E's number is lost; at 1 the discriminator goes silent
 
 
 def sine_angles(positions, count):
@@ -99,8 +95,8 @@ class Time(nn.Module):
 
 class UnetBlock(nn.Module):
     """ADM's residual block, perhaps with attention behind it. AdaGN: time gives the second norm's
-    scale and shift. resize: 0.5 halves the sides, 2 doubles them."""
-    def __init__(self, c_in, c_out, times, a, attention=False, resize=1):
+    scale and shift. resize: a module that halves or doubles the sides, or leaves them."""
+    def __init__(self, c_in, c_out, times, a, attention=False, resize=nn.Identity()):
         super().__init__()
         self.resize = resize
         self.norm1 = model.GroupNorm(c_in, a)
@@ -113,16 +109,11 @@ class UnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attn = model.AttnBlock(c_out, model.GroupNorm, a) if attention else nn.Identity()
 
-    def resized(self, x):
-        if self.resize == 0.5:
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resize == 2 else x
-
     def forward(self, x, c):  # (b, c_in, ., .), (b, times)
-        y = self.conv1(self.resized(F.silu(self.norm1(x))))
+        y = self.conv1(self.resize(F.silu(self.norm1(x))))
         scale, shift = self.time(c)[..., None, None].chunk(2, 1)  # (b, c_out, 1, 1)
         y = self.conv2(F.silu(self.norm2(y) * (1 + scale) + shift))
-        return self.attn(y + self.nin_shortcut(self.resized(x)))  # (b, c_out, ., .)
+        return self.attn(y + self.nin_shortcut(self.resize(x)))  # (b, c_out, ., .)
 
 
 class DenoisingDecoder(nn.Module):
@@ -152,7 +143,7 @@ class DenoisingDecoder(nn.Module):
                 c = width * m
                 kept.append(c)
             if i < len(mult) - 1:
-                self.down.append(make(c, c, resize=0.5))
+                self.down.append(make(c, c, resize=nn.AvgPool2d(2)))
                 kept.append(c)
         self.mid = nn.ModuleList([make(c, c, attention=True), make(c, c)])
         self.up = nn.ModuleList()
@@ -161,7 +152,7 @@ class DenoisingDecoder(nn.Module):
                 self.up.append(make(c + kept.pop(), width * m, attention=i in attention))
                 c = width * m
             if i > 0:
-                self.up.append(make(c, c, resize=2))
+                self.up.append(make(c, c, resize=nn.Upsample(scale_factor=2)))
         self.norm_out = model.GroupNorm(c, a)
         self.conv_out = model.conv3x3(c, OUTPUTS, a)
 
@@ -179,7 +170,9 @@ class DenoisingDecoder(nn.Module):
         for block in self.mid:
             x = block(x, c)
         for block in self.up:
-            x = block(x if block.resize == 2 else torch.cat([x, kept.pop()], 1), c)
+            if not isinstance(block.resize, nn.Upsample):
+                x = torch.cat([x, kept.pop()], 1)
+            x = block(x, c)
         return self.conv_out(F.silu(self.norm_out(x)))[:, :3]  # (b, 3, h, w)
 
     def forward(self, z):
@@ -187,8 +180,7 @@ class DenoisingDecoder(nn.Module):
         shape = (1, 3, z.shape[2] * self.factor, z.shape[3] * self.factor)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(2024))
         x_t = noise.to(z.device).expand(len(z), -1, -1, -1)
-        # E, Eq. 13 with m = 1, n = 100: close to each other where there is most noise; in three
-        # steps 1, 0.92, 0.77, 0
+        # E, Eq. 13 with m = 1, n = 100: dense where there is most noise; here 1, 0.91, 0.77, 0
         times = (100 - 99 * torch.arange(self.steps + 1) / self.steps).log() / math.log(100)
         for now, after in itertools.pairwise(times.to(z.device)):
             t = now.expand(len(z), 1, 1, 1)
@@ -240,18 +232,19 @@ def denoising_losses(x, vae, disc, perceptual, step, s):
     recon = (v - (eps - y)).square().mean()  # E, Eq. 9
     adv = F.softplus(-fake).mean()  # E, Eq. 12 for the decoder, non-saturating: -log D
     perc = perceptual(x, x_hat)
-    total = losses.total_loss(0.0, recon, adv, perc, 0.0, s)
-    return total, disc_loss, dict(total=total, recon=recon, adv=adv, perc=perc, r1=r1,
-                                  disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
+    vae_loss = losses.total_loss(0.0, recon, adv, perc, 0.0, s)
+    return vae_loss, disc_loss, dict(total=vae_loss, recon=recon, adv=adv, perc=perc, r1=r1,
+                                     disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
 
 def give_denoising_decoder(vae, unet):
+    vae.post_quant_conv = nn.Identity()  # it belongs to the old decoder
     vae.decoder = DenoisingDecoder(vae.architecture, unet)
     vae.multiple = vae.decoder.multiple
 
 
 def load_vae(path, device="cpu"):
-    """02's load_vae, which so knows both decoders; for 06 and 07."""
+    """02's load_vae for both decoders; for 06 and 07."""
     def adapt(vae, checkpoint):
         if checkpoint.get("settings", {}).get("decoder") == "denoising":
             give_denoising_decoder(vae, checkpoint["settings"]["unet"])
@@ -261,43 +254,30 @@ def load_vae(path, device="cpu"):
 
 # ---------------- main
 
-def denoising_settings(s):
-    # not in E: for shorter runs a shorter warm-up and average
-    return replace(s, **CHOSEN, ema_decay=min(EMA_DECAY, s.ema_decay),
-                   warmup=min(WARMUP, s.steps // 10))
-
-
 def refuse_idle_flags(s):
     """Stop where a flag would change nothing: no preset of this stage sets these."""
     idle = ["lambda_kl", "regularizer", "lambda_ve", "kl_warmup", "free_bits"]
     if s.decoder == "denoising":
-        idle += ["gan_loss", "compile", "warmup", *CHOSEN]
+        idle += ["gan_loss", "compile"]
     for name in idle:
         if getattr(s, name) != getattr(Settings, name):
-            data.fail(f"--{name.replace('_', '-')} changes nothing for a {s.decoder} decoder alone")
+            data.fail(f"--{name.replace('_', '-')} changes nothing for a {s.decoder} decoder")
 
 
 def main(s):
     refuse_idle_flags(s)
     source = Path(s.vae or Path(s.run, "vae.pt"))
-    if s.dry_run and not source.exists():  # nothing to count yet
-        return data.show(s)
     # not in the paper: it starts from the EMA weights, which are what 04 is for
     vae = freeze_encoder(model.load_vae(source))
     checkpoint = data.read_checkpoint(source, "")
     torch.manual_seed(s.seed)  # what is new starts alike in all processes
     if s.decoder == "denoising":
-        s = denoising_settings(s)
-        variant = dict(compute=denoising_losses, fresh=True)
-        stage = "05_denoising_decoder"
-        out = Path(s.run, "vae_denoising.pt")
         give_denoising_decoder(vae, s.unet)
         disc = PairDiscriminator(s.disc_width)
+        stage, name, compute = "05_denoising_decoder", "vae_denoising.pt", denoising_losses
     else:
-        variant = dict(compute=training.compute_losses, fresh=False)
-        stage = "05_finetune_decoder"
-        out = Path(s.run, "vae_finetuned.pt")
         disc = losses.Discriminator(s.disc_width)
+        stage, name, compute = "05_finetune_decoder", "vae_finetuned.pt", training.compute_losses
         if "disc" in checkpoint:  # not in the paper: ours goes on; others' files have none
             with data.needs(f"{source} has a discriminator of another --disc-width"):
                 disc.load_state_dict(checkpoint["disc"])
@@ -305,8 +285,8 @@ def main(s):
         return data.show(s, vae=model.count(vae), discriminator=model.count(disc))
     print(f"from {source}, step {checkpoint.get('step', 'unknown')}")
     device = data.pick_device(s)
-    training.train(s, stage, out, vae.to(device), disc.to(device), **variant,
-                   parent=data.file_hash(source))
+    training.train(s, stage, Path(s.run, name), vae.to(device), disc.to(device), compute,
+                   parent=data.file_hash(source), fresh=s.decoder == "denoising")
 
 
 if __name__ == "__main__":

@@ -292,7 +292,8 @@ def evaluate(spec, s, device, perceptual, paths):
     norms = activation_norms(vae, vae.encode(pictures[0]).mu)
     row["activation_max_over_median"] = {layer: v.max().item() for layer, v in norms.items()}
     row["latents"] = latent_report(vae, pictures)
-    return {"row": row, "shown": shown, "norms": norms, "between": interpolate(vae, pictures[0], pictures[-1])}
+    return {"row": row, "shown": shown, "norms": norms,
+            "between": interpolate(vae, pictures[0], pictures[-1])}
 
 
 # ---------------- tables and pictures
@@ -308,8 +309,8 @@ def table(rows, s):
         f"\n{rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter side to "
         f"{s.resize or s.size} by antialiased bicubic (smaller ones enlarged), center crop of "
         f"{s.size}; EMA weights where a file has them, the posterior's mean, 8 bits. Means over "
-        f"pictures; PSNR in dB; LPIPS on {s.perceptual_net} (untrained: features, not LPIPS); ideal "
-        "are 0 for color shift and droplet, else 1.")
+        f"pictures; PSNR in dB; LPIPS on {s.perceptual_net} (untrained: not LPIPS). Ideal are "
+        "0 for color shift and droplet, else 1.")
     for row in rows:
         if "latents" in row:
             inside = {k: v for k, v in row["latents"].items() if not isinstance(v, list)}

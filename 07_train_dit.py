@@ -427,7 +427,7 @@ def train(s, vae, vae_path, device):
     latents, parent = encode_all(s, vae, vae_path, files, device)
 
     torch.manual_seed(s.seed)  # the same network whether latents were made just now or not
-    net = DiT(data.part(Network, s)).to(device)
+    net = DiT(data.pick(Network, s)).to(device)
     some = latents[::math.ceil(len(latents) / 10_000)].float()
     net.latent_mean.copy_(some.mean((0, 1, 3, 4))[:, None, None])
     net.latent_std.copy_(some.std((0, 1, 3, 4))[:, None, None])
@@ -455,15 +455,15 @@ def train(s, vae, vae_path, device):
         data.average(w.grad for w in net.parameters())
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), s.clip_norm)  # Table 4
         training.update(optimizers, training.rate_factor(step, s))
-        training.update_average(ema, net, training.average_decay(step, s))
+        training.update_ema(ema, net, training.ema_decay_at(step, s))
 
-        looking = step % s.val_every == 0 or step == s.steps
-        if looking or step % s.log_every == 0:
+        milestone = step % s.val_every == 0 or step == s.steps
+        if milestone or step % s.log_every == 0:
             numbers = data.gather(dict(loss=loss, grad=norm), step)
-            if looking and rank == 0:
+            if milestone and rank == 0:
                 numbers |= validate(ema, vae, frozen or ema.bytes, val, score, s)
             data.log(s.run, stage, step, numbers, bar)
-        data.save(out, state, s, step, looking, parent=parent, vae=vae_path)
+        data.save(out, state, s, step, milestone, parent=parent, vae=vae_path)
 
 
 def batch_loss(net, encode, latents, pictures, s):
@@ -518,7 +518,7 @@ def draw_samples(s, device):
     vae = finetuning.load_vae(s.vae or file["vae"], device)
     given = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
     s = Settings(**file["settings"] | {name: getattr(s, name) for name in given})
-    net = DiT(data.part(Network, s)).to(device).eval()
+    net = DiT(data.pick(Network, s)).to(device).eval()
     net.load_state_dict(file["ema"])
     tiles = draw(net, vae, net.bytes or QwenClip(s, device), s.sample, s)
     data.save_sheet(Path(s.run, "sample.png"), tiles, min(4, len(tiles)), captions=s.sample)
@@ -527,7 +527,7 @@ def draw_samples(s, device):
 def main(s):
     if s.dry_run:
         with torch.device("meta"):
-            return data.show(s, dit=model.count(DiT(data.part(Network, s))))
+            return data.show(s, dit=model.count(DiT(data.pick(Network, s))))
     device = data.pick_device(s)
     if s.sample:
         return draw_samples(s, device)

@@ -33,7 +33,7 @@ def lists(folder):
     kept = {}
     paths = {}
     for split in ("train", "val"):
-        for line in (folder / "data" / split / "metadata.jsonl").read_text().splitlines():
+        for line in open(folder / "data" / split / "metadata.jsonl", encoding="utf-8"):
             entry = json.loads(line)
             assert set(entry) == {"file_name", "text"}  # an imagefolder of Hugging Face
             kept[entry["file_name"]] = entry["text"]
@@ -52,7 +52,7 @@ def make(folder, files):
 
 def stored_name(folder, name):
     """Where 01 stores a picture."""
-    return data.prepare(folder / "in" / name, settings(folder), "0")[1]["file_name"]
+    return data.prepare(folder / "in" / name, settings(folder), 0)[1]["file_name"]
 
 
 def unusual():
@@ -109,13 +109,13 @@ def test_pictures_come_out_right(tmp_path):
 
 def test_captions(tmp_path):
     """From .txt before .json; whatever JSON holds, a caption is text."""
-    side = {"a.txt": "\ufeffein Haus 🏠\n".encode(), "a.json": b'{"caption": "unused"}',
+    side = {"a.txt": "\ufeffein\u2028Haus 🏠\n".encode(), "a.json": b'{"caption": "unused"}',
             "b.json": b'{"caption": "from json", "aesthetic": null}', "c.json": b'{"caption": 3}'}
     make(tmp_path, {f"{letter}.png": encoded(picture()) for letter in "abcdefgh"} | side)
     data.main(settings(tmp_path))
     kept, _, _ = lists(tmp_path)
     found = {letter: kept[stored_name(tmp_path, f"{letter}.png")] for letter in "abcd"}
-    assert found == {"a": "ein Haus 🏠", "b": "from json", "c": "", "d": ""}
+    assert found == {"a": "ein\u2028Haus 🏠", "b": "from json", "c": "", "d": ""}
 
 
 def test_reruns_make_what_is_missing(tmp_path, capsys):
@@ -153,36 +153,23 @@ def test_twelve_photographs_fill_both_splits(tmp_path):
     assert len(data.read_list(tmp_path, "train", 32)) == 9
 
 
-@pytest.mark.parametrize("how", ["bicubic", "nearest"])
-def test_stored_pictures_are_lossless(tmp_path, how):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    make(tmp_path, {f"{i}.png": encoded(Image.fromarray(noise)) for i in range(8)})
-    data.main(settings(tmp_path, interpolation=how))
-    expected = Image.fromarray(noise).resize((48, 32), getattr(Image, how.upper()))
-    for entry in data.read_list(tmp_path, "train", 32):
-        assert np.array_equal(Image.open(entry["file"]), expected)
-    if how == "nearest":
-        assert np.array_equal(expected, noise[1::2, 1::2])
-
-
-def test_crops_follow_from_stage_seed_and_number(prepared):
+def test_crops_follow_from_stage_seed_and_number(prepared, tmp_path, capsys):
     first = torch.stack([data.Crops(prepared, 32, "04", 0)[n] for n in range(40)])
     again = data.Crops(prepared, 32, "04", 0)
     loader = torch.utils.data.DataLoader(again, 20, sampler=range(40), num_workers=2)
     assert torch.equal(torch.cat(list(loader)), first) and first.shape == (40, 3, 32, 32)
     for other in (data.Crops(prepared, 32, "04", 1), data.Crops(prepared, 32, "05", 0)):
         assert not torch.equal(torch.stack([other[n] for n in range(40)]), first)
-    # Each is a window of some picture, and about half are mirrored.
-    pictures = [data.pil_to_tensor(Image.open(p["file"])) for p in
-                data.read_list(prepared, "train", 32)]
-    windows = torch.cat([x.unfold(1, 32, 1).unfold(2, 32, 1).flatten(1, 2).transpose(0, 1)
-                         for x in pictures])
-    straight = sum((windows == crop).flatten(1).all(1).any().item() for crop in first)
-    mirrored = sum((windows == crop.flip(-1)).flatten(1).all(1).any().item() for crop in first)
-    assert straight + mirrored == 40 and straight > 8 and mirrored > 8
-
-
-def test_too_small_pictures_are_refused(prepared, tmp_path, capsys):
+    # Each is a window of some picture or its mirror image.
+    pictures = torch.stack([data.pil_to_tensor(Image.open(p["file"])).float() for p in
+                            data.read_list(prepared, "train", 32)])
+    windows = pictures.unfold(2, 32, 1).unfold(3, 32, 1)[:, 0].flatten(0, 2)
+    mirrored = 0
+    for crop in first[:10, 0].float():
+        straight = (windows == crop).flatten(1).all(1).any()
+        mirrored += not straight
+        assert straight or (windows == crop.flip(-1)).flatten(1).all(1).any()
+    assert 1 <= mirrored <= 9
     assert "not 64" in refused(lambda: data.Crops(prepared, 64, "04", 0), capsys)
     assert "run 01_data.py first" in refused(lambda: data.Crops(tmp_path, 32, "04", 0), capsys)
 
@@ -213,13 +200,10 @@ def test_command_line(capsys):
     s = parse("--preset", "paper", "--lr", "3e-4", "--width-mult", "1", "2", "--compile")
     assert s.lr == 3e-4 and s.width_mult == (1, 2) and s.compile and s.run == "runs/paper"
     assert s.crop == 240 and parse().crop == 64 and parse().run == "runs/demo"
-    for bad in (["--steps", "1e3"], ["--padding", "mirror"], ["--lrr", "1"], ["--step", "1"]):
+    for bad in (["--steps", "1e3"], ["--padding", "mirror"], ["--step", "1"], ["--help"]):
         with pytest.raises(SystemExit):
             parse(*bad)
-    with pytest.raises(SystemExit):
-        parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    for field in training.Settings.__dataclass_fields__:
-        flag = "--" + field.replace("_", "-")
-        assert text.count(flag) > 0, field
     assert "Table 3; Sec. 5.2, grid: lower is the cure [0.01]" in text
+
+

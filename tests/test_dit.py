@@ -45,20 +45,6 @@ def test_the_papers_numbers():
     assert (s.clip_norm, s.warmup, s.size, s.batch, s.steps) == (1.0, 1000, 256, 1024, 130_000)
 
 
-def test_begins_as_the_identity():
-    """Zero modulation: blocks pass their input on, and neither time nor text can be seen."""
-    torch.manual_seed(0)
-    net = dit.DiT(dit.Network(**NETWORK, latent_channels=4)).eval()
-    x = torch.randn(2, 4, 6, 6)
-    t = torch.tensor([0.1, 0.8])
-    first = net(x, t, *net.bytes(PROMPTS[:2]))
-    assert torch.equal(first, net(x, 1 - t, *net.bytes(PROMPTS[2:]))) and first.std() > 0.1
-    y = torch.randn(2, 5, 48)
-    angles = dit.rope_angles([24], torch.arange(5.0))
-    for block in [*net.refiner, *net.blocks]:
-        assert torch.equal(block(y, torch.randn(2, 24), angles, None, y, None), y)
-
-
 def test_padding_never_changes_a_result():
     """A batch of many prompts equals each alone, whatever stands in the padding."""
     net = network()
@@ -73,55 +59,6 @@ def test_padding_never_changes_a_result():
     spoilt = torch.where(mask[..., None], tokens, 77.0)
     torch.testing.assert_close(net(x, t, spoilt, mask, pooled), together, atol=2e-5, rtol=1e-4)
     assert (net(x, t, *net.bytes(PROMPTS[::-1])) - together).abs().max() > 1e-2
-
-
-def test_positions():
-    """Rotary positions are relative: equal patches get equal outputs wherever they lie. With sines
-    of row and column they do not."""
-    x = torch.ones(1, 4, 8, 8)
-    for absolute in (False, True):
-        net = network(absolute=absolute)
-        y = dit.to_patches(net(x, torch.tensor([0.5]), *net.bytes(["a red star"])), 2)
-        differ = (y - y[:, :1]).abs().amax(2)[0, 1:]
-        assert differ.min() > 1e-3 if absolute else differ.max() < 1e-5
-
-
-def test_patches():
-    x = torch.arange(2 * 4 * 6 * 8.0).view(2, 4, 6, 8)
-    patches = dit.to_patches(x, 2)
-    assert patches.shape == (2, 12, 16)
-    assert torch.equal(patches[1, 5].view(2, 2, 4), x[1, :, 2:4, 2:4].permute(1, 2, 0))
-    flat = patches.unflatten(2, (2, 2, 4)).permute(0, 1, 4, 2, 3).flatten(2)
-    assert torch.equal(dit.from_patches(flat, 3, 2), x)
-
-
-def test_checkpointing_changes_nothing():
-    net = network()
-    gradients = []
-    for net.checkpointing in (False, True):
-        net.zero_grad()
-        y = net(formula(2, 4, 6, 6), torch.tensor([0.2, 0.7]), *net.bytes(PROMPTS[:2]))
-        y.square().mean().backward()
-        gradients.append([p.grad.clone() for p in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
-def test_bf16_keeps_its_islands():
-    """Modulation, norms and sums stay FP32."""
-    net = network()
-    seen = {}
-    for name in ("time.2", "blocks.0.modulation.1", "blocks.0.self_attention.q_norm",
-                 "blocks.0.self_attention.q", "blocks.1", "out"):
-        net.get_submodule(name).register_forward_hook(
-            lambda module, inputs, out, name=name: seen.update({name: out.dtype}))
-    inputs = formula(2, 4, 6, 6), torch.tensor([0.2, 0.7]), *net.bytes(PROMPTS[:2])
-    with torch.no_grad():
-        exact = net(*inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = net(*inputs)
-    assert seen.pop("blocks.0.self_attention.q") == torch.bfloat16
-    assert set(seen.values()) == {torch.float32}
-    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
 
 
 # ---------------- objective and sampler
@@ -205,42 +142,45 @@ def test_bytes():
     assert (chinese[0][0] - chinese[0][1]).abs().max() > 0.01
 
 
-def tiny_encoders(folder):
+def tiny_models(folder):
     """Qwen2.5-VL and CLIP of width 32 and 24 with byte tokenizers, saved as transformers does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import (CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
-                              Qwen2_5_VLConfig, Qwen2_5_VLModel)
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor,
+                              PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel)
     torch.manual_seed(0)
 
-    def tokenizer(path, special, **more):
+    def tokenizer(special):
         letters = enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
         t = Tokenizer(models.BPE({letter: i for i, letter in letters}, []))
         t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        t.decoder = decoders.ByteLevel()
         t.add_special_tokens(special)
-        if "bos_token" in more:
-            t.post_processor = processors.TemplateProcessing(
-                single=f"{special[0]} $A {special[1]}",
-                special_tokens=[(s, t.token_to_id(s)) for s in special])
-        PreTrainedTokenizerFast(tokenizer_object=t, **more).save_pretrained(path)
-        return t.get_vocab_size()
+        return t
 
-    size = tokenizer(folder / "qwen", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                     pad_token="<|endoftext|>")
-    text = dict(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=size - 3,
+    qwen = tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    n = qwen.get_vocab_size()
+    PreTrainedTokenizerFast(tokenizer_object=qwen, pad_token="<|endoftext|>").save_pretrained(
+        folder / "qwen")
+    text = dict(vocab_size=n, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=n - 3,
                 rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32,
                   fullatt_block_indexes=[0])
     Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).save_pretrained(
         folder / "qwen")
-    size = tokenizer(folder / "clip", ["<|startoftext|>", "<|endoftext|>"],
-                     bos_token="<|startoftext|>", eos_token="<|endoftext|>",
-                     pad_token="<|endoftext|>")
-    CLIPTextModel(CLIPTextConfig(
-        vocab_size=size, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=77, bos_token_id=size - 2,
-        eos_token_id=size - 1, pad_token_id=size - 1)).save_pretrained(folder / "clip")
+    words = tokenizer(["<|startoftext|>", "<|endoftext|>"])
+    n = words.get_vocab_size()
+    words.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", n - 2), ("<|endoftext|>", n - 1)])
+    words = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>")
+    small = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    clip = CLIPModel(CLIPConfig(
+        projection_dim=16, vision_config=small | dict(image_size=32, patch_size=8),
+        text_config=small | dict(vocab_size=n, bos_token_id=n - 2, eos_token_id=n - 1,
+                                 pad_token_id=n - 1))).eval()
+    size = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (clip, CLIPProcessor(CLIPImageProcessor(**size), words)):
+        part.save_pretrained(folder / "clip")
     return dict(text_encoder="qwen-clip", qwen=str(folder / "qwen"), clip=str(folder / "clip"),
                 text_length=40, text_width=32, pooled_width=24)
 
@@ -248,7 +188,7 @@ def tiny_encoders(folder):
 def test_qwen_clip(run, tmp_path, capsys):
     """The paper's encoders end to end, with tiny models of the same classes, and in FP32 too."""
     transformers = pytest.importorskip("transformers")
-    more = tiny_encoders(tmp_path)
+    more = tiny_models(tmp_path)
     s = settings(run, steps=2, **more)
     encode = dit.QwenClip(s, "cpu")
     prompts = ["a red star", "", "x" * 10_000, "🦊", "שלום עולם"]
@@ -256,7 +196,7 @@ def test_qwen_clip(run, tmp_path, capsys):
     # A prompt's bytes and <|im_end|>, which a prompt that is cut loses
     assert mask.sum(1).tolist() == [11, 1, 40, 5, 18]
     for i, prompt in enumerate(prompts):  # alone as in a batch
-        own, _, own_pooled = dit.QwenClip(s, "cpu")([prompt])
+        own, _, own_pooled = encode([prompt])
         torch.testing.assert_close(own[0], tokens[i][mask[i]], atol=0.03, rtol=0.02)
         torch.testing.assert_close(own_pooled[0], pooled[i], atol=1e-5, rtol=1e-5)
     words = transformers.AutoTokenizer.from_pretrained(more["qwen"])
@@ -275,19 +215,9 @@ def test_qwen_clip(run, tmp_path, capsys):
 def test_clip_score(tmp_path):
     """A tiny CLIP gives 100 max(cos, 0), of a prompt that is too long too, in batches as alone."""
     transformers = pytest.importorskip("transformers")
-    tiny_encoders(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
-    torch.manual_seed(0)
-    n = len(tokenizer)
-    small = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    words = dict(vocab_size=n, bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
-    clip = transformers.CLIPModel(transformers.CLIPConfig(
-        projection_dim=16, vision_config=small | dict(image_size=32, patch_size=8),
-        text_config=small | words)).eval()
-    processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer)
-    for part in (clip, processor):
-        part.save_pretrained(tmp_path / "scorer")
+    folder = tiny_models(tmp_path)["clip"]
+    clip = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
     pictures = list(torch.randint(0, 256, (3, 3, 48, 48)).byte())
     prompts = ["a red star", "a cat", "x" * 100]
     expected = []
@@ -298,96 +228,71 @@ def test_clip_score(tmp_path):
             out = clip(**inputs)
         cosine = (out.image_embeds * out.text_embeds).sum()
         expected.append(100 * cosine.clamp(min=0).item())
-    score = dit.clip_scorer(str(tmp_path / "scorer"), torch.device("cpu"))
-    alone = [score([picture], [prompt]) for picture, prompt in zip(pictures, prompts)]
-    assert alone == pytest.approx(expected, rel=1e-4) and max(expected) > 0
+    score = dit.clip_scorer(folder, torch.device("cpu"))
     assert score(pictures * 30, prompts * 30) == pytest.approx(sum(expected) / 3, rel=1e-4)
+    assert max(expected) > 0
 
 
 # ---------------- latents
 
 def test_latents(run):
-    """Samples of the posterior of each picture and its mirror image; a file that was cut off goes
-    on to the same bits; another VAE or size has another file."""
+    """Samples of the posterior of each picture and its mirror image, whose mean and deviation 07
+    measures; a file that was cut off goes on to the same bits; another size has another file."""
+    dit.main(settings(run, steps=1))
     vae = dit.finetuning.load_vae(run / "vae.pt")
     files = [picture["file"] for picture in data.read_list(run, "train", 48)]
 
-    def encode(name="vae.pt", **more):
-        return dit.encode_all(settings(run, **more), vae, str(run / name), files, "cpu")[0]
+    def encode(**more):
+        return dit.encode_all(settings(run, **more), vae, str(run / "vae.pt"), files, "cpu")[0]
 
-    z = encode()
-    assert z.shape == (len(files), 2, 4, 6, 6) and z.dtype == torch.float16
+    z = encode().float()
     x = losses.from_uint8(data.read_square(files[3], 48, 48)[None])
     for view, seen in enumerate((x, x.flip(-1))):
         with torch.no_grad():
             q = vae.encode(seen)
-        error = (z[3, view].float() - q.mu) / (0.5 * q.logvar).exp()  # standard normal
+        error = (z[3, view] - q.mu) / (0.5 * q.logvar).exp()  # standard normal
         assert error.abs().max() < 5 and 0.7 < error.std() < 1.3
+    kept = checkpoint(run / "dit.pt")["ema"]
+    torch.testing.assert_close(kept["latent_mean"].flatten(), z.mean((0, 1, 3, 4)))
+    torch.testing.assert_close(kept["latent_std"].flatten(), z.std((0, 1, 3, 4)))
     path, = run.glob("latents-*.bin")
     whole = path.read_bytes()
     path.rename(path.with_suffix(".part"))
     with open(path.with_suffix(".part"), "r+b") as f:  # from the middle of picture 7 on
         f.seek(15 * 4 * 36 * 2)
         f.write(bytes(len(whole) - f.tell()))
-    assert torch.equal(encode(), z) and path.read_bytes() == whole
-    assert [p.name for p in run.glob("latents-*")] == [path.name]
+    encode()
+    assert path.read_bytes() == whole and len(list(run.glob("latents-*"))) == 1
     encode(size=32)
-    small_vae(run / "other.pt", latent_channels=4, width=16)
-    encode("other.pt")
-    assert len(list(run.glob("latents-*.bin"))) == 3
-
-
-def test_mean_and_deviation_are_of_the_latents(run):
-    """Measured in 07 for any VAE alike, and kept in dit.pt; what is learned has 0 and 1."""
-    dit.main(settings(run, steps=1))
-    count = 2 * len(data.read_list(run, "train", 48))
-    z = torch.from_file(str(next(run.glob("latents-*.bin"))), size=count * 4 * 36,
-                        dtype=torch.float16).view(count, 4, 6, 6).float()
-    kept = checkpoint(run / "dit.pt")["ema"]
-    torch.testing.assert_close(kept["latent_mean"].flatten(), z.mean((0, 2, 3)))
-    torch.testing.assert_close(kept["latent_std"].flatten(), z.std((0, 2, 3)))
+    assert len(list(run.glob("latents-*.bin"))) == 2
 
 
 # ---------------- training
 
-def test_batch(run):
-    """Every picture in both views is drawn, never with another picture's prompt; a tenth of the
-    prompts is empty; times are logit-normal."""
-    latents = torch.arange(20.0).view(10, 2, 1, 1, 1).expand(10, 2, 4, 2, 2).half()
+def test_batch(run, monkeypatch):
+    """Every picture in both views is drawn, with its own prompt or, in a tenth, none; times are
+    logit-normal."""
+    latents = torch.arange(20.0).view(10, 2, 1, 1, 1).expand(10, 2, 4, 2, 2)
     pictures = [{"text": str(i)} for i in range(10)]
-    seen = []
-
-    class Net(torch.nn.Module):
-        latent_mean = torch.zeros(4, 1, 1)
-        latent_std = torch.ones(4, 1, 1)
-
-        def forward(self, x_t, t, prompts):
-            seen.append((x_t, t, prompts))
-            return torch.zeros_like(x_t)
-
-    real = dit.flow_loss
-    s = settings(run, batch=4000)
-    dit.flow_loss = lambda net, x, noise, t, text: seen.append((x, t, text[0]))
-    dit.batch_loss(Net(), lambda prompts: (prompts,), latents, pictures, s)
-    dit.flow_loss = real
-    x, t, prompts = seen[0]
-    number = x[:, 0, 0, 0].long()
-    assert set(number.tolist()) == set(range(20))
-    assert all(p in ("", str(i // 2)) for p, i in zip(prompts, number.tolist()))
+    monkeypatch.setattr(dit, "flow_loss", lambda net, x, noise, t, text: (x, t, text[0]))
+    x, t, prompts = dit.batch_loss(network(), lambda prompts: (prompts,), latents, pictures,
+                                   settings(run, batch=4000))
+    number = x[:, 0, 0, 0].long().tolist()
+    assert set(number) == set(range(20))
+    assert all(prompt in ("", str(i // 2)) for prompt, i in zip(prompts, number))
     assert prompts.count("") / 4000 == pytest.approx(0.1, abs=0.02)
     assert abs(t.logit().mean()) < 0.05 and abs(t.logit().std() - 1) < 0.05
 
 
 @pytest.mark.parametrize("more", [dict(muon_lr=0.02, lr_decay=0.5), dict(accumulate=2)])
 def test_resume_after_kill_is_exact(run, more):
-    """kill -9, as 04's; also while latents are made."""
-    s = settings(run, steps=6, **more)
+    """kill -9 while latents are made, and after the third step."""
+    s = settings(run, steps=5, **more)
     dit.main(s)
     whole = checkpoint(run / "dit.pt")
     lines = log(run, STAGE)
-    for name in ("dit.pt", "log.jsonl"):
-        (run / name).unlink()
-    next(run.glob("latents-*.bin")).unlink()
+    for path in (run / "dit.pt", run / "log.jsonl", next(run.glob("latents-*.bin"))):
+        path.unlink()
     process = start(dit, s)
     while not list(run.glob("latents-*")):
         assert process.is_alive()
@@ -395,10 +300,7 @@ def test_resume_after_kill_is_exact(run, more):
     process.join()
     kill_and_go_on(dit, s, 3)
     same(checkpoint(run / "dit.pt"), whole)
-    assert log(run, STAGE) == lines and len(lines) == 6
-    matrices = [name for name, w in whole["model"].items()
-                if w.ndim > 1 and name.startswith(("refiner.", "blocks."))]
-    assert len(whole.get("muon", {"state": matrices})["state"]) == len(matrices)
+    assert log(run, STAGE) == lines and len(lines) == 5
 
 
 def test_signals_save(run):

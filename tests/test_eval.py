@@ -1,7 +1,9 @@
 """06_eval.py: metrics against references, meters against the artifacts they are for, every kind of
 model."""
+import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -27,34 +29,33 @@ def rows(run):
 
 def test_ssim_is_its_definition():
     """Means, variances and covariance under the Gaussian window, one place at a time."""
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (3, 24, 30)).astype(float)
-    y = (x + rng.normal(0, 20, x.shape)).clip(0, 255).round()
-    d = np.arange(11) - 5
-    window = np.exp(-(d[:, None] ** 2 + d ** 2) / (2 * 1.5 ** 2))
-    window /= window.sum()
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (1, 3, 18, 20)).double()
+    y = (x + 20 * torch.randn(x.shape)).clamp(0, 255).round()
+    d = torch.arange(11) - 5
+    window = torch.exp(-(d[:, None] ** 2 + d ** 2) / (2 * 1.5 ** 2)).double()
+    window = window / window.sum()
     values = []
-    for c in range(3):
-        for top in range(14):
-            for left in range(20):
-                a = x[c, top:top + 11, left:left + 11]
-                b = y[c, top:top + 11, left:left + 11]
-                ma, mb = (window * a).sum(), (window * b).sum()
-                va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
-                cov = (window * (a - ma) * (b - mb)).sum()
-                values.append((2 * ma * mb + 6.5025) * (2 * cov + 58.5225)
-                              / ((ma ** 2 + mb ** 2 + 6.5025) * (va + vb + 58.5225)))
-    x, y = torch.from_numpy(x)[None], torch.from_numpy(y)[None]
-    assert evaluation.ssim(x, y).item() == pytest.approx(np.mean(values), abs=1e-9)
+    for top, left in itertools.product(range(8), range(10)):
+        a = x[0, :, top:top + 11, left:left + 11]
+        b = y[0, :, top:top + 11, left:left + 11]
+        ma, mb = [(window * v).sum((1, 2), keepdim=True) for v in (a, b)]
+        va, vb, cov = [(window * v).sum((1, 2)) for v in
+                       ((a - ma) ** 2, (b - mb) ** 2, (a - ma) * (b - mb))]
+        ma, mb = ma.flatten(), mb.flatten()
+        values.append((2 * ma * mb + 6.5025) * (2 * cov + 58.5225)
+                      / ((ma ** 2 + mb ** 2 + 6.5025) * (va + vb + 58.5225)))
+    assert evaluation.ssim(x, y).item() == pytest.approx(torch.stack(values).mean().item())
     assert evaluation.ssim(x, x).item() == pytest.approx(1.0)
 
 
 def reaction(name, x, y):
     """How far a meter's mean reading is from ideal, in units of what we call healthy."""
-    reading = np.mean([evaluation.METERS[name](x[i:i + 1], y[i:i + 1]).item() for i in range(len(x))])
+    meter = evaluation.METERS[name]
+    reading = np.mean([meter(x[i:i + 1], y[i:i + 1]).item() for i in range(len(x))])
     ideal, edge = {"color shift": (0, 4), "grid": (1, 1.1), "blur": (1, 0.9), "corner": (1, 2),
                    "droplet": (0, 8)}[name]
-    return abs(max(reading - ideal, 0) if edge > ideal else min(reading - ideal, 0)) / abs(edge - ideal)
+    return max((reading - ideal) / (edge - ideal), 0)
 
 
 def test_meters_know_their_artifact():
@@ -123,7 +124,7 @@ def test_every_kind_of_model(run, capsys):
     latents = found[0]["latents"]
     assert latents["channels"] == 16 and len(latents["kl"]) == len(latents["std"]) == 16
     noise = latents["psnr_under_noise"]
-    assert noise["0.0"] == pytest.approx(found[0]["psnr"], abs=0.01) and noise["0.5"] != noise["0.0"]
+    assert noise["0.0"] == pytest.approx(found[0]["psnr"], abs=0.01)
     assert "mid.block_1" in found[0]["activation_max_over_median"]
     for name in ("eval.png", "activations.png", "latents.png"):
         assert data.Image.open(run / name).width > 100
@@ -136,20 +137,13 @@ def test_every_kind_of_model(run, capsys):
 
 def test_latent_report_by_value():
     """Known posteriors: two channels, of which one carries nothing."""
-    class Known:
-        def encode(self, x):
-            mu = torch.stack([3 * torch.randn(64, 64), torch.zeros(64, 64)])[None]
-            logvar = torch.stack([torch.full((64, 64), math.log(0.25)), torch.zeros(64, 64)])[None]
-            return model.Posterior(mu, logvar)
-
-        def decode(self, z):
-            return z[:, :1].expand(-1, 3, -1, -1)
-
-    torch.manual_seed(0)
-    report = evaluation.latent_report(Known(), [torch.zeros(1, 3, 64, 64)] * 4)
+    mu = torch.stack([3 * torch.randn(128, 64), torch.zeros(128, 64)])[None]
+    logvar = torch.stack([torch.full((128, 64), math.log(0.25)), torch.zeros(128, 64)])[None]
+    vae = types.SimpleNamespace(encode=lambda x: model.Posterior(mu, logvar),
+                                decode=lambda z: z[:, :1].expand(-1, 3, -1, -1))
+    report = evaluation.latent_report(vae, [torch.zeros(1, 3, 128, 64)])
     assert report["active"] == 1 and report["channels"] == 2 and report["kl"][1] == 0
-    kl = 0.5 * (9 + 0.25 - 1 - math.log(0.25))
-    assert report["kl"][0] == pytest.approx(kl, rel=0.05)
+    assert report["kl"][0] == pytest.approx(0.5 * (9 + 0.25 - 1 - math.log(0.25)), rel=0.05)
     assert report["std"] == pytest.approx([9.25 ** 0.5, 1], rel=0.05)
     assert report["posterior_variance"] == pytest.approx((0.25 + 1) / 2, rel=1e-6)
 
@@ -166,7 +160,7 @@ def test_activation_norms():
 
 
 def test_bad_models_and_pictures(run, tmp_path, capsys):
-    """A sentence that names the model; a broken picture is passed over; nothing measured is lost."""
+    """A sentence names the model; broken pictures are passed over; nothing measured is lost."""
     def stops(**more):
         return refused(lambda: evaluation.main(settings(run, **more)), capsys)
 
@@ -192,21 +186,22 @@ def test_bad_models_and_pictures(run, tmp_path, capsys):
 
 
 def test_diffusers(run):
-    """Any autoencoder that the package knows: with a posterior, and without one."""
+    """Autoencoders that the package knows: with a posterior, and without one."""
     diffusers = pytest.importorskip("diffusers")
-    common = dict(block_out_channels=(32, 32), layers_per_block=1)
     kl = diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
-                                 up_block_types=("UpDecoderBlock2D",) * 2, **common).eval()
+                                 up_block_types=("UpDecoderBlock2D",) * 2,
+                                 block_out_channels=(32, 32)).eval()
+    kl.save_pretrained(run / "model" / "vae")
     tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                                      decoder_block_out_channels=(8, 8), num_decoder_blocks=(1, 1))
-    kl.save_pretrained(run / "model" / "vae")
     tiny.save_pretrained(run / "tiny")
-    evaluation.main(settings(run, vae=(f"diffusers:{run / 'model'}@vae",
-                                       f"diffusers:{run / 'tiny'}")))
+    specs = (f"diffusers:{run / 'model'}@vae", f"diffusers:{run / 'tiny'}")
+    evaluation.main(settings(run, vae=specs, pictures=1))
     x = losses.from_uint8(data.read_square(data.read_list(run, "val", 1)[0]["file"], 64, 64)[None])
-    vae = model.load_vae(f"diffusers:{run / 'model'}@vae")
     with torch.no_grad():
-        expected = kl.decode(kl.encode(x).latent_dist.mean).sample
-        torch.testing.assert_close(vae.decode(vae.encode(x).mu), expected)
+        x_hat = kl.decode(kl.encode(x).latent_dist.mean).sample
     first, second = rows(run)
+    assert first["psnr"] == pytest.approx(losses.psnr(x, x_hat).item(), abs=0.01)
     assert "active" in first["latents"] and "active" not in second["latents"]
+
+

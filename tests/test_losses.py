@@ -5,7 +5,6 @@ import warnings
 import lpips
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import data, losses, refused, training
 
 
@@ -31,14 +30,6 @@ def test_recon_and_psnr():
     assert losses.psnr(y, y + 1e-4).tolist() == [100, 100]  # the same 8 bits
     assert losses.psnr(y + 9, y + 99).tolist() == [100, 100]  # clamped
     assert torch.equal(losses.to_uint8(losses.from_uint8(torch.arange(256))), torch.arange(256))
-
-
-def test_the_head_of_the_file():
-    """Its table: dB of 1e-4 and 1e-3 between sums (2 s^2) and between means (s^2 / 6)."""
-    for weight, sums, means in ((1e-4, 49, 38), (1e-3, 39, 28)):
-        assert round(10 * math.log10(4 / (weight / 2))) == sums
-        assert round(10 * math.log10(4 / (6 * weight))) == means
-        assert f"{sums} dB" in losses.__doc__ and f"{means} dB" in losses.__doc__
 
 
 def test_adversarial_pair():
@@ -142,14 +133,6 @@ def test_variance_expansion():
     assert losses.variance_expansion(z, logvar).item() == pytest.approx(by_hand, rel=1e-6)
     wild = losses.variance_expansion(1e4 * z, logvar - 30)
     assert wild.isfinite() and wild > 1e5
-    # Eq. 14: against a reconstruction of T sigma^2 both forces are equal at (lambda / T)^(1/4).
-    zero = torch.zeros(1, 1, 1, 1)
-    for sigma, sign in (((0.1 / 28) ** 0.25, 0), (0.2, -1), (0.3, 1)):
-        logvar = (zero + 2 * math.log(sigma)).requires_grad_()
-        total = 28 * logvar.exp().mean() + 0.1 * losses.variance_expansion(zero, logvar)
-        total.backward()
-        force = logvar.grad.item() / (28 * sigma ** 2)
-        assert abs(force) < 1e-4 if sign == 0 else force * sign > 0.3
 
 
 def test_free_bits():
@@ -179,14 +162,9 @@ def test_which_regularizer_and_its_weight():
     assert weight == pytest.approx(0.1 * 16 / (3 * 8 * 8))  # 0.1 J / N
 
 
-def test_artifacts_grow_with_strength():
-    torch.manual_seed(0)
-    x = F.interpolate(torch.rand(2, 3, 16, 16) * 1.6 - 0.8, size=64, mode="bilinear")
-    for name, artifact in losses.ARTIFACTS.items():
-        errors = [losses.recon_loss(x, artifact(x, s)).item() for s in (0.25, 0.5, 1.0)]
-        assert 1e-5 < errors[0] < errors[1] < errors[2], name
-    inner = slice(16, 48)
-    assert (losses.border(x, 1.0) - x)[..., inner, inner].abs().max() < 1e-5
+def test_artifacts_stay_in_their_place():
+    x = torch.rand(2, 3, 64, 64) * 1.6 - 0.8
+    assert (losses.border(x, 1.0) - x)[..., 16:48, 16:48].abs().max() < 1e-5
     assert torch.equal(losses.grid(x, 1.0)[..., 1:8, 1:8], x[..., 1:8, 1:8])
 
 
@@ -194,7 +172,6 @@ def test_script(prepared, capsys):
     losses.main(losses.Settings(run=str(prepared), crop=48, perceptual_net="untrained",
                                 device="cpu"))
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + 15 and "not LPIPS" in rows[0]
     l2 = [float(row.split()[-3]) for row in rows[2:]]
-    assert all(a < b < c for a, b, c in zip(l2[::3], l2[1::3], l2[2::3]))
+    assert len(l2) == 15 and all(a < b < c for a, b, c in zip(l2[::3], l2[1::3], l2[2::3]))
     assert data.Image.open(prepared / "artifacts.png").size == (4 * 196, 22 + 5 * 196)

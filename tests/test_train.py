@@ -7,22 +7,29 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (SMALL, checkpoint, data, decoder_settings, finetuning, kill_and_go_on, log,
+from conftest import (checkpoint, data, decoder_settings, finetuning, kill_and_go_on, log,
                       losses, model, on_processes, refused, same, small_vae, stop_at, training,
                       vae_settings)
 from test_model import peer_files
 
-STAGES = {"vae": (training, vae_settings, "vae.pt"),
-          "plain": (finetuning, decoder_settings, "vae_finetuned.pt"),
-          "denoising": (finetuning, decoder_settings, "vae_denoising.pt")}
+STAGES = {"vae": (training, vae_settings, "vae.pt", "04_train_vae"),
+          "plain": (finetuning, decoder_settings, "vae_finetuned.pt", "05_finetune_decoder"),
+          "denoising": (finetuning, decoder_settings, "vae_denoising.pt", "05_denoising_decoder")}
 
 
 def stage(kind, run, **more):
-    """(module, settings, checkpoint) of 04, or of 05 with either decoder."""
-    script, settings, name = STAGES[kind]
+    """(module, settings, checkpoint, name in the log) of 04, or of 05 with either decoder. A VAE
+    starts anew, decoders start from one that has learned for two steps."""
+    script, make, file, name = STAGES[kind]
+    s = make(run, **(more if kind == "vae" else dict(decoder=kind) | more))
     if kind != "vae":
-        more = dict(decoder=kind) | more
-    return script, settings(run, **more), run / name
+        training.main(vae_settings(run, steps=2))
+    return script, s, run / file, name
+
+
+def start_anew(run, path):
+    path.unlink()
+    (run / "log.jsonl").unlink()
 
 
 @pytest.fixture
@@ -91,40 +98,29 @@ def test_average_by_value(run):
         torch.testing.assert_close(later["ema"][name], torch.lerp(after["ema"][name], w, 0.25))
 
 
-def test_rates_and_optimizers():
+def test_rates():
     s = training.Settings(steps=8, lr_decay=0.5)
     assert [training.rate_factor(i, s) for i in (1, 4, 5, 6, 7, 8)] == [1, 1, 1, 0.75, 0.5, 0.25]
     s = training.Settings(steps=8, warmup=4)
     assert [training.rate_factor(i, s) for i in (1, 2, 4, 8)] == [0.25, 0.5, 1, 1]
-    weights = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(2))]
-    optimizers = training.make_optimizers(weights, weights, lambda w: torch.optim.Adam(w, 0.5), 0.1)
-    assert optimizers["muon"].param_groups[0]["params"] == weights[:1]
-    assert optimizers["adam"].param_groups[0]["params"] == weights[1:]
-    for w in weights:
-        w.grad = torch.ones_like(w)
-    training.update(optimizers, 0.5)
-    assert weights[1].tolist() == pytest.approx([0.75, 0.75]) and weights[1].grad is None
 
 
 def test_muon_is_torchs_on_matrices():
-    """Four steps on tall, wide and square matrices beside torch.optim.Muon, which multiplies in
-    bfloat16: equal to its rounding. A convolution moves as the matrix (c_out, the rest)."""
+    """Beside torch.optim.Muon, which multiplies in bfloat16: equal to its rounding. A convolution
+    moves as the matrix (c_out, the rest)."""
     torch.manual_seed(0)
     for shape in ((64, 32), (32, 64), (48, 48)):
-        start = torch.randn(shape)
-        ours = torch.nn.Parameter(start.clone())
-        theirs = torch.nn.Parameter(start.clone())
-        conv = torch.nn.Parameter(start.clone().unflatten(1, (-1, 4, 4)))
-        optimizers = (training.Muon([ours], 0.02), training.Muon([conv], 0.02),
-                      torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0))
-        for _ in range(4):
-            ours.grad = torch.randn(shape)
-            theirs.grad = ours.grad.clone()
-            conv.grad = ours.grad.clone().view(conv.shape)
-            for optimizer in optimizers:
+        start, *gradients = torch.randn(5, *shape)
+        matrices = [torch.nn.Parameter(w) for w in
+                    (start.clone(), start.clone().unflatten(1, (-1, 4, 4)), start.clone())]
+        optimizers = (training.Muon(matrices[:1], 0.02), training.Muon(matrices[1:2], 0.02),
+                      torch.optim.Muon(matrices[2:], lr=0.02, weight_decay=0.0))
+        for gradient in gradients:
+            for w, optimizer in zip(matrices, optimizers):
+                w.grad = gradient.clone().view(w.shape)
                 optimizer.step()
-        moved = (theirs - start).norm()
-        assert moved > 0.1 and (ours - theirs).norm() < 0.03 * moved
+        ours, conv, theirs = matrices
+        assert (ours - theirs).norm() < 0.03 * (theirs - start).norm() > 0
         torch.testing.assert_close(conv.flatten(1), ours)
 
 
@@ -136,93 +132,70 @@ def test_it_learns(run):
     assert data.Image.open(run / "reconstructions.png").size == (2 * 164, 2 * 164)
 
 
-def test_bf16(new_run):
-    """Autocast on the CPU: weights stay FP32, losses are near the FP32 run's."""
-    first = {}
-    for precision in ("fp32", "bf16"):
-        run = new_run(precision)
-        training.main(vae_settings(run, steps=1, precision=precision))
-        first[precision] = log(run, "04_train_vae")[0]["total"]
-        weights = checkpoint(run / "vae.pt")["model"].values()
-        assert all(w.dtype == torch.float32 for w in weights)
-    assert first["bf16"] == pytest.approx(first["fp32"], rel=0.03) and len(set(first.values())) == 2
-
-
 # ---------------- going on
 
 @pytest.mark.parametrize("kind, more", [
     ("vae", dict(muon_lr=5e-3, lr_decay=1.0, workers=2)), ("vae", dict(regularizer="ve")),
-    ("vae", dict(kl_warmup=6, free_bits=0.3)), ("plain", dict(muon_lr=2e-3)), ("denoising", {})])
-def test_resume_after_kill_is_exact(kind, more, trained, tmp_path):
+    ("vae", dict(kl_warmup=6, free_bits=0.3)), ("plain", {}), ("denoising", {})])
+def test_resume_after_kill_is_exact(kind, more, run):
     """kill -9 after the third step, whose checkpoint is of the second: weights, averages, both
     optimizers and the log end bit for bit as in a run that nobody stopped."""
-    if kind == "vae":
-        (trained / "vae.pt").unlink()
-        (trained / "log.jsonl").unlink()
-    script, s, path = stage(kind, trained, steps=6, **more)
+    script, s, path, name = stage(kind, run, steps=5, **more)
     script.main(s)
     whole = checkpoint(path)
-    lines = log(trained, log_name(kind))
-    path.unlink()
-    (trained / "log.jsonl").unlink()
+    lines = log(run, name)
+    start_anew(run, path)
     kill_and_go_on(script, s, 3)
     same(checkpoint(path), whole)
-    assert log(trained, log_name(kind)) == lines and len(lines) == 6
+    assert log(run, name) == lines and len(lines) == 5
 
 
 @pytest.mark.parametrize("kind, number", [("vae", signal.SIGINT), ("plain", signal.SIGTERM),
                                           ("denoising", signal.SIGINT)])
-def test_signals_save(kind, number, trained):
-    """Ctrl-C and SIGTERM: the step ends, is saved between two checkpoints, and it goes on exactly."""
-    if kind == "vae":
-        (trained / "vae.pt").unlink()
-    script, s, path = stage(kind, trained, steps=24, val_every=100)
+def test_signals_save(kind, number, run):
+    """Ctrl-C and SIGTERM: the step ends, is saved between checkpoints, and it goes on exactly."""
+    script, s, path, name = stage(kind, run, steps=16, val_every=100)
     script.main(s)
     whole = checkpoint(path)
-    path.unlink()
-    (trained / "log.jsonl").unlink()
-    assert stop_at(script, s, 2, number) == 128 + number
-    assert 2 <= checkpoint(path)["step"] < 24
+    start_anew(run, path)
+    assert stop_at(script, s, 1, number) == 128 + number
+    assert 1 <= checkpoint(path)["step"] < 16
     script.main(s)
     same(checkpoint(path), whole)
-    assert [line["step"] for line in log(trained, log_name(kind))] == list(range(1, 25))
-
-
-def log_name(kind):
-    return {"vae": "04_train_vae", "plain": "05_finetune_decoder",
-            "denoising": "05_denoising_decoder"}[kind]
+    assert [line["step"] for line in log(run, name)] == list(range(1, 17))
 
 
 @pytest.mark.parametrize("kind, world", [("vae", 3), ("denoising", 2)])
-def test_several_processes(kind, world, trained, new_run):
+def test_several_processes(kind, world, run):
     """The same command on as many processes resumes exactly; the losses of the first step are near
     those of one process, which draws other noise."""
-    if kind == "vae":
-        (trained / "vae.pt").unlink()
-        (trained / "log.jsonl").unlink()
-    script, s, path = stage(kind, trained, steps=3, batch=6)
+    script, s, path, name = stage(kind, run, steps=3, batch=6)
     on_processes(world, script, s)
     whole = checkpoint(path)
-    first = log(trained, log_name(kind))[0]["recon"]
+    first = log(run, name)[0]["recon"]
     path.unlink()
     on_processes(world, script, replace(s, steps=2))
     on_processes(world, script, s)
     same(checkpoint(path), whole)
     path.unlink()
     script.main(replace(s, steps=1))
-    assert log(trained, log_name(kind))[0]["recon"] == pytest.approx(first, rel=0.15)
+    assert log(run, name)[0]["recon"] == pytest.approx(first, rel=0.15)
 
 
-def test_accumulation_is_the_whole_batch(new_run):
-    """Four parts of one picture have the gradient of the four, but for the noise that is drawn."""
+def test_accumulation_and_precision(new_run):
+    """Four parts of one picture have the gradient of the four, but for the noise that is drawn;
+    under autocast (bf16) weights stay FP32 and losses are near."""
     rows = []
-    for parts in (1, 4):
-        run = new_run(str(parts))
-        training.main(vae_settings(run, steps=1, accumulate=parts))
+    for i, more in enumerate(({}, dict(accumulate=4), dict(precision="bf16"))):
+        run = new_run(str(i))
+        training.main(vae_settings(run, steps=1, **more))
         rows.append(log(run, "04_train_vae")[0])
-    for name in ("total", "recon", "perc", "d_real", "grad_vae"):
+        weights = checkpoint(run / "vae.pt")["model"].values()
+        assert all(w.dtype == torch.float32 for w in weights)
+    for name in ("total", "recon", "perc", "d_real"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=0.02), name
-    assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-5)
+        assert rows[0][name] == pytest.approx(rows[2][name], rel=0.05), name
+    assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-5) and rows[0] != rows[2]
 
 
 def test_flags_that_contradict_the_run(trained, capsys):
@@ -267,7 +240,7 @@ def test_the_encoder_stays_bit_for_bit(trained, capsys):
     """With both decoders, whose files load_vae of 05 reads; another vae.pt is refused then."""
     before = checkpoint(trained / "vae.pt")["ema"]
     for kind in ("plain", "denoising"):
-        script, s, path = stage(kind, trained)
+        script, s, path, _ = stage(kind, trained)
         script.main(s)
         after = checkpoint(path)["ema"]
         frozen = [name for name in before if not name.startswith("decoder.")]
@@ -276,8 +249,8 @@ def test_the_encoder_stays_bit_for_bit(trained, capsys):
         x = torch.rand(2, 3, 32, 32) * 2 - 1
         x_hat = vae.decode(vae.encode(x).mu)
         assert x_hat.shape == x.shape and torch.equal(x_hat, vae.decode(vae.encode(x).mu))
-    assert not torch.equal(before["decoder.conv_in.weight"],
-                           checkpoint(trained / "vae_finetuned.pt")["ema"]["decoder.conv_in.weight"])
+    assert any(not torch.equal(before[k], w) for k, w in
+               checkpoint(trained / "vae_finetuned.pt")["ema"].items())
     training.main(vae_settings(trained, steps=3))
     assert "has changed" in refused(lambda: finetuning.main(decoder_settings(trained, steps=6)),
                                     capsys)
@@ -288,12 +261,12 @@ def test_a_file_of_others_can_be_finetuned(run):
     torch.save(contents, run / "ae.ckpt")
     finetuning.main(decoder_settings(run, vae=str(run / "ae.ckpt"), steps=1))
     after = checkpoint(run / "vae_finetuned.pt")["ema"]
-    changed = {name.split(".")[0] for name in weights if not torch.equal(weights[name], after[name])}
+    changed = {k.split(".")[0] for k, w in weights.items() if not torch.equal(w, after[k])}
     assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_idle_flags_are_refused(trained, capsys):
-    for more in (dict(lambda_kl=1e-3), dict(decoder="denoising", lambda_perc=3.0),
+    for more in (dict(lambda_kl=1e-3), dict(decoder="denoising", gan_loss="log"),
                  dict(decoder="denoising", compile=True)):
         sentence = refused(lambda: finetuning.main(decoder_settings(trained, **more)), capsys)
         assert "changes nothing" in sentence
@@ -317,34 +290,25 @@ def test_velocity_and_sampling(monkeypatch):
     vae = small_vae()
     finetuning.give_denoising_decoder(vae, "demo")
     decoder = vae.decoder
-    for p in decoder.parameters():
-        torch.nn.init.normal_(p, std=0.1)
     x_t = torch.randn(2, 3, 32, 48)
     z = torch.randn(2, 16, 4, 6)
     t = torch.tensor([0.3, 0.9]).view(2, 1, 1, 1)
     seen = []
     decoder.conv_in.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
-    v = decoder.velocity(x_t, t, z)
+    decoder.velocity(x_t, t, z)
     torch.testing.assert_close(seen[0][:, :3], x_t / ((1 - t) ** 2 * 0.09 + t ** 2).sqrt())
     assert torch.equal(seen[0][0, 3:, 8:16, :8], z[0, :, 1:2, :1].expand(-1, 8, 8))
-    assert not torch.allclose(v, decoder.velocity(x_t, 0.5 * t, z), atol=1e-4)
-    assert not torch.allclose(v, decoder.velocity(x_t, t, z.flip(0)), atol=1e-4)
-
     monkeypatch.setattr(decoder, "velocity", lambda x_t, t, z: x_t + z[:, :1, :1, :1])
-    made = vae.decode(z)
-    torch.testing.assert_close(made[1:], vae.decode(z[1:]))  # neighbors do not matter
     x_t = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(2024))
     times = [math.log(100 - 99 * i / 3) / math.log(100) for i in range(4)]
     for now, after in zip(times, times[1:]):
         x_t = x_t + (after - now) * (x_t + z[1, 0, 0, 0])
-    torch.testing.assert_close(made[1:], x_t / 0.6, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae.decode(z)[1:], x_t / 0.6, atol=1e-4, rtol=1e-4)
 
 
 def test_denoising_losses_by_hand():
     """The estimate of a step, Eq. 9, 10 and 12, and R1."""
-    s = finetuning.denoising_settings(decoder_settings("", decoder="denoising", steps=100))
-    assert (s.lambda_perc, s.lambda_adv, s.beta1, s.beta2) == (0.5, 0.5, 0, 0.999)
-    assert (s.ema_decay, s.warmup) == (0.999, 10)
+    s = decoder_settings("", decoder="denoising", lambda_perc=0.5, lambda_adv=0.5)
     vae = finetuning.freeze_encoder(small_vae(width=8))
     finetuning.give_denoising_decoder(vae, "demo")
     torch.manual_seed(1)
@@ -368,7 +332,3 @@ def test_denoising_losses_by_hand():
     judged = 0.5 * (F.softplus(-real).mean() + F.softplus(disc(x_hat, x_t, t)).mean())
     judged = judged + 0.01 * slope.square().mean()
     assert disc_loss.item() == pytest.approx(judged.item(), rel=1e-5)
-    training.add_gradients(total, disc_loss, list(vae.decoder.parameters()),
-                           list(disc.parameters()))
-    assert all(p.grad is None for p in vae.encoder.parameters())
-    assert SMALL["width"] == 8 and vae.decoder.conv_out.weight.grad.abs().max() > 0
