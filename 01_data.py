@@ -117,10 +117,10 @@ class Crops(Dataset):
         return x.flip(-1) if rng.random() < 0.5 else x
 
 
-def read_square(path, size, resize):
-    """The middle of any picture, uint8 (3, size, size); or why it cannot be read, in words."""
+def read_square(path, size):
+    """Shorter side to `size`, the middle: uint8 (3, size, size); or, in words, why not."""
     try:
-        return center_crop(resize_shorter(open_picture(path), resize), size)
+        return center_crop(resize_shorter(open_picture(path), size), size)
     except Exception as error:
         return f"passed over {path}: {error}"
 
@@ -183,7 +183,7 @@ def prepare(source, s, val_below):
         file_name = f"{digits[:2]}/{digits}.webp"  # 256 folders, so that millions can be listed
         stored = Path(s.run, "data", split, file_name)
         line = {"file_name": file_name, "text": caption}
-        if stored.exists():
+        if stored.exists() and stored.stat().st_size:
             return split, line
         im = draw_scene(s.seed, source, split, s.min_side) if scene else open_picture(source)
         if min(im.size) < s.min_side:

@@ -16,7 +16,6 @@ import functools
 import importlib
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,16 +41,14 @@ class Settings(data.Run):
     vae: tuple[str, ...] = ()  # files, diffusers:, jit:, bicubic:N, jpeg:Q [those of the run]
     images: str = ""           # a folder of pictures [RUN/data/val]
     size: int = 256            # Table 1: side of the pictures; not in the paper: a center crop
-    resize: int = 0            # not in the paper: shorter side before the crop; 0: as --size
     pictures: int = 0          # how many at most, in order of their names; 0: all
-    decoder_steps: int = 3     # of a decoder that denoises
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's trunk
     fid: bool = False          # Sec. 5.3, "FID": rFID; needs torchmetrics and torch-fidelity
 
 
 PRESETS = {"paper": {}, "imagenet256": {}, "imagenet512": dict(size=512),  # Table 1's columns
            "coco512": dict(size=512), "ffhq1024": dict(size=1024),
-           "small": dict(size=240, resize=480),
+           "small": dict(size=240),
            "demo": dict(size=128, perceptual_net="untrained", workers=0)}
 
 
@@ -69,11 +66,10 @@ def ssim(x, y):
 
     x = x.cpu().double()  # in float32 the variances would cancel; MPS has no float64
     y = y.cpu().double()
-    mean_x = mean(x)
-    mean_y = mean(y)
-    var_x = mean(x * x) - mean_x ** 2
-    var_y = mean(y * y) - mean_y ** 2
-    cov = mean(x * y) - mean_x * mean_y
+    mean_x, mean_y, xx, yy, xy = mean(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
+    var_x = xx - mean_x ** 2
+    var_y = yy - mean_y ** 2
+    cov = xy - mean_x * mean_y
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x ** 2 + mean_y ** 2 + c1)
@@ -82,8 +78,8 @@ def ssim(x, y):
 
 
 # ---------------- the five artifacts, metered
-# not in the paper: numbers for artifacts. 03 makes them; functions of the same names here measure
-# them, for one original x and its reconstruction y, (1, 3, h, w) in 0..255.
+# not in the paper: numbers for artifacts. The five that 03 makes are measured here, for one
+# original x and its reconstruction y, (1, 3, h, w) in 0..255.
 
 def color_shift(x, y):
     """Gray levels by which colors have moved: blind to spots, lines and frames. 0 is ideal."""
@@ -92,12 +88,9 @@ def color_shift(x, y):
 
 
 def grid(x, y):
-    """Steps of the error between neighboring pixels, at the worst of 8 phases over the median one:
-    lines or blocks every 8 pixels, one latent at f = 8. 1 is ideal.
-
-    Mean steps of 2, 2, 2, 2, 2, 2, 2 and, across borders of blocks, 6 gray levels read 3. It is
-    divided by the same of x, since stripes raise it.
-    """
+    """Mean step of the error between neighbors at each of 8 columns (rows) modulo 8, the largest
+    divided by the median: lines or blocks every 8 pixels, one latent at f = 8. 1 is ideal. It is
+    divided by the same of x, since stripes raise it."""
     def worst(v):
         steps = v.diff().abs().mean((0, 1))  # (w - 1,)
         phases = steps[:len(steps) // 8 * 8].view(-1, 8).mean(0)  # (8,)
@@ -118,7 +111,7 @@ def blur(x, y):
 
 
 def corner(x, y):
-    """Squared error in the 16 px frame over that inside it. 1 is ideal."""
+    """Squared error in the 16 px frame divided by that inside it. Above 1 is the artifact."""
     error = (y - x).square().mean(1)[0]  # (h, w)
     inside = error[16:-16, 16:-16]
     frame = (error.sum() - inside.sum()) / (error.numel() - inside.numel())
@@ -147,7 +140,7 @@ def fine(x):
 
 @torch.no_grad()
 def activation_norms(vae, z):
-    """Fig. 3: norms over channels after each block of the decoder, over their median,
+    """Fig. 3: norms across channels after each block of the decoder, divided by their median,
     {layer: (h, w)}, for one latent z (1, k, h/f, w/f)."""
     norms = {}
 
@@ -167,8 +160,8 @@ def activation_norms(vae, z):
 
 @torch.no_grad()
 def latent_report(vae, pictures):
-    """What the latents of some pictures (1, 3, h, w) are like, and the PSNR that is left when noise
-    is added to them, in their deviations: what Variance Expansion is for."""
+    """What the latents of some pictures (1, 3, h, w) are like, and the PSNR that is left with noise
+    on them, in units of each channel's deviation."""
     posteriors = [vae.encode(x) for x in pictures]
     mu = torch.cat([q.mu for q in posteriors]).cpu().double()  # (n, k, h/f, w/f)
     variance = mu.var((0, 2, 3))  # (k,)
@@ -217,26 +210,24 @@ def jpeg(quality, x):
 
 def scripted(net, x):
     out = net(x.to(next((p.dtype for p in net.parameters()), x.dtype)))
-    return (out[0] if isinstance(out, tuple) else out).float()
+    return (out if torch.is_tensor(out) else out[0]).float()
 
 
 def autoencoder(vae, x):
     return vae.decode(vae.encode(x).mu)  # not in the paper: the posterior's mean, not a sample
 
 
-def open_model(spec, s, device):
-    """(function of a picture, the VAE or None) for one word of --vae."""
+def open_model(spec, device):
+    """(function of a picture, the VAE or None) for one entry of --vae."""
     kind, _, rest = spec.partition(":")
     if kind in ("bicubic", "jpeg"):
-        if not rest.isdigit() or int(rest) < 1:
-            data.fail(f"--vae {spec}: a positive number must follow {kind}:")
-        return functools.partial({"bicubic": bicubic, "jpeg": jpeg}[kind], int(rest)), None
+        with data.needs(f"--vae {spec}: a number must follow {kind}:"):
+            return functools.partial({"bicubic": bicubic, "jpeg": jpeg}[kind], int(rest)), None
     if kind == "jit":
         with data.needs(f"--vae {spec} is not TorchScript"):
-            return functools.partial(scripted, torch.jit.load(rest, map_location=device)), None
+            net = torch.jit.load(rest, map_location=device).eval()
+            return functools.partial(scripted, net), None
     vae = finetuning.load_vae(spec, device)
-    if isinstance(getattr(vae, "decoder", None), finetuning.DenoisingDecoder):
-        vae.decoder.steps = s.decoder_steps
     return functools.partial(autoencoder, vae), vae
 
 
@@ -246,7 +237,7 @@ def open_model(spec, s, device):
 def evaluate(spec, s, device, perceptual, paths):
     """Measure one model. Returns {"row": numbers, "shown": the first three (original,
     reconstruction)}, and of a VAE "norms" (Fig. 3) and "between", an interpolation."""
-    reconstruct, vae = open_model(spec, s, device)
+    reconstruct, vae = open_model(spec, device)
     if s.fid:
         with data.needs("--fid needs pip install torchmetrics torch-fidelity, and Inception"):
             from torchmetrics.image.fid import FrechetInceptionDistance
@@ -255,7 +246,7 @@ def evaluate(spec, s, device, perceptual, paths):
     sums = collections.Counter()
     pictures = []
     shown = []
-    read = functools.partial(data.read_square, size=s.size, resize=s.resize or s.size)
+    read = functools.partial(data.read_square, size=s.size)
     loader = DataLoader(paths, batch_size=None, collate_fn=read, num_workers=s.workers)
     for x8 in tqdm(loader, unit="picture", desc=spec[-30:]):
         if isinstance(x8, str):
@@ -265,8 +256,8 @@ def evaluate(spec, s, device, perceptual, paths):
         x = losses.from_uint8(x8)
         with data.needs(f"--vae {spec} fails at --size {s.size}"):
             x_hat = reconstruct(x)
-        if not x_hat.isfinite().all():
-            data.fail(f"--vae {spec} gives values that are not finite")
+        if x_hat.shape != x.shape or not x_hat.isfinite().all():
+            data.fail(f"--vae {spec} gives {tuple(x_hat.shape)}, or values that are not finite")
         y8 = losses.to_uint8(x_hat)
         sums["pictures"] += 1
         sums["psnr"] += losses.psnr(x, x_hat).item()
@@ -299,24 +290,26 @@ def evaluate(spec, s, device, perceptual, paths):
 # ---------------- tables and pictures
 
 def table(rows, s):
-    """eval.md: a row per model, what is behind the numbers, and what was seen inside."""
-    names = ["psnr", "ssim", "lpips", *METERS] + ["rfid"] * s.fid
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    """eval.md: a row per model, how the numbers were made, and what was seen inside."""
+    heads = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({s.perceptual_net})",
+             "color shift": "color shift (0)", "grid": "grid (1)", "blur": "blur (1)",
+             "corner": "corner (1)", "droplet": "droplet (0)"}
+    heads |= {"rfid": "rFID"} if s.fid else {}
+    lines = ["| model | " + " | ".join(heads.values()) + " |", "|---" * (1 + len(heads)) + "|"]
     for row in rows:
-        numbers = " | ".join(f"{row[name]:.4g}" for name in names)
+        numbers = " | ".join(f"{row[name]:.4g}" for name in heads)
         lines.append(f"| {row['name']} | {numbers} |")
     lines.append(
-        f"\n{rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter side to "
-        f"{s.resize or s.size} by antialiased bicubic (smaller ones enlarged), center crop of "
-        f"{s.size}; EMA weights where a file has them, the posterior's mean, 8 bits. Means over "
-        f"pictures; PSNR in dB; LPIPS on {s.perceptual_net} (untrained: not LPIPS). Ideal are "
-        "0 for color shift and droplet, else 1.")
+        f"\nMeans over {rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter "
+        f"side to {s.size} by antialiased bicubic, the middle; EMA weights where a file has them, the "
+        "posterior's mean, 8 bits. In brackets: ideal. LPIPS (untrained) is not LPIPS.")
     for row in rows:
         if "latents" in row:
             inside = {k: v for k, v in row["latents"].items() if not isinstance(v, list)}
-            peak = max(row["activation_max_over_median"].values(), default=math.nan)
-            lines.append(f"\n{row['name']}: {json.dumps(inside)}; largest activation norm over the "
-                         f"median {peak:.1f}")
+            lines.append(f"\n{row['name']}: {json.dumps(inside)}")
+        peaks = row.get("activation_max_over_median")
+        if peaks:
+            lines.append(f"largest activation norm over the median: {max(peaks.values()):.1f}")
     return "\n".join(lines) + "\n"
 
 
@@ -350,9 +343,8 @@ def draw(run, results):
 def main(s):
     if s.dry_run:
         return data.show(s)
-    if s.size < 64 or 0 < s.resize < s.size:
-        data.fail(f"--size {s.size} must be at least 64, for the meters, and at most --resize "
-                  f"{s.resize} (0: as --size)")
+    if s.size < 64:
+        data.fail(f"--size {s.size} must be at least 64: meters look inside a frame of 16 pixels")
     run = Path(s.run)
     own = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
     specs = s.vae or [str(path) for path in own if path.is_file()]

@@ -9,8 +9,8 @@ Paper   Sec. 3.3, 6.3, A.3, Table 4, Fig. 6.
     python 07_train_dit.py --preset small --run runs/mine
     python 07_train_dit.py --sample "a red circle on a striped cyan background"
 
-The numbers of A.3 are those of Kandinsky 5 Lite (by the same authors, "K5" below): where the paper
-is silent, that network's layout is followed.
+Sec. 6.3 calls the network similar to LI-DiT. The numbers of A.3 are those of Kandinsky 5 Lite (by
+the same authors, "K5" below): where the paper is silent, K5's layout is followed.
 Shapes: b pictures, k latent channels, h and w sides of the latent, n = h w / patch^2 its patches,
 l text tokens, d the width. c (b, d_t) is the condition: time, and the prompt as one vector.
 """
@@ -48,9 +48,9 @@ class Network:
     ff_width: int = 7168       # A.3.2: feed-forward dimension d_ff
     time_width: int = 512      # A.3.2: time embedding dimension d_t
     blocks: int = 32           # A.3.2: N, transformer blocks; here those with cross-attention
-    refiner_blocks: int = 2    # not in the paper: as in K5
+    refiner_blocks: int = 2    # not in the paper: K5
     # how many values of a head turn with frame, row and column; their sum is the head's width
-    rope_axes: tuple[int, ...] = (16, 24, 24)  # not in the paper: as in K5
+    rope_axes: tuple[int, ...] = (16, 24, 24)  # not in the paper: K5
     absolute: bool = False     # not in the paper: sines of row and column added; K5 has none
     patch: int = 2             # A.3.2: latent patch size
     latent_channels: int = 16  # Table 2
@@ -78,15 +78,15 @@ class Settings(data.TrainingRun, Network):
     warmup: int = 1000         # Table 4: steps to the full rate, constant after
     t_shift: float = 1.0       # not in the paper: t is logit-normal as in SD 3, shifted by this
     drop: float = 0.1          # not in the paper: share of prompts left out, for guidance; as in K5
-    ema_decay: float = 0.9999  # not in the paper: as in K5
+    ema_decay: float = 0.9999  # not in the paper: K5
     # weights, norms, modulation and sums stay FP32
-    precision: Literal["fp32", "tf32", "bf16"] = "bf16"  # not in the paper: as in K5
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"  # not in the paper: K5
     val_every: int = 5_000     # steps between two points of Fig. 6, and two checkpoints
     val_prompts: int = 1000    # not in the paper: captions of data/val that Fig. 6 is taken over
     clip_score: str = "openai/clip-vit-base-patch32"  # not in the paper: which; [16]'s; "": none
     sample: tuple[str, ...] = ()   # only draw these prompts, from RUN/dit.pt
     sample_steps: int = 50     # not in the paper: Euler steps, as in K5
-    guidance: float = 5.0      # not in the paper: as in K5; 1 is the prompt alone
+    guidance: float = 5.0      # not in the paper: K5; 1 is the prompt alone
     shift: float = 3.0         # not in the paper: more steps where there is more noise, as in K5
 
 
@@ -124,7 +124,7 @@ def apply_rope(x, angles):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-# Sec. 6.3; not in the paper: which AdaNorm, for the cited [51] means another; this is K5's
+# Sec. 6.3; not in the paper: which AdaNorm: [51], cited for it, means something else; K5
 def ada_norm(x, shift, scale):
     """Adaptive LayerNorm, in FP32: x (b, n, d), shift and scale (b, 1, d)."""
     return F.layer_norm(x.float(), x.shape[-1:]) * (1 + scale) + shift
@@ -138,7 +138,7 @@ def modulation(a, parts):
     return nn.Sequential(nn.SiLU(), linear)
 
 
-# not in the paper: RMSNorm on queries and keys, and rotary positions; as in K5
+# not in the paper: RMSNorm on queries and keys, and rotary positions; K5
 class Attention(nn.Module):
     """Multi-head attention."""
     def __init__(self, a):
@@ -195,8 +195,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Token Refiner and cross-attention blocks (Sec. 6.3). forward gives the velocity at (x, t).
 
-    Rotary positions are relative: where the middle of a picture is, K5 must learn in time. In a run
-    of minutes sines of row and column (`absolute`) tell each patch its place.
+    Rotary positions only say how far apart two patches are. K5 must find out where a patch lies,
+    which takes long training; for short runs `absolute` adds sines of row and column.
     """
     def __init__(self, a):
         super().__init__()
@@ -213,7 +213,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(a, cross=True) for _ in range(a.blocks))
         self.out_modulation = modulation(a, 2)
         self.out = nn.Linear(a.width, values)
-        # Of the latents that are learned, whatever the VAE: x = (z - mean) / std
+        # Of the latents, whatever the VAE; the network learns x = (z - mean) / std.
         self.register_buffer("latent_mean", torch.zeros(a.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(a.latent_channels, 1, 1))
 
@@ -231,13 +231,12 @@ class DiT(nn.Module):
         for block in self.refiner:  # Token Refiner
             text = block(text, c, angles, mask)
 
-        rows = x.shape[2] // self.a.patch
-        columns = x.shape[3] // self.a.patch
-        place = torch.arange(rows * columns, device=x.device)  # (n,)
-        row = place // columns
-        column = place % columns
+        p = self.a.patch
+        rows = torch.arange(x.shape[2] // p, device=x.device)
+        columns = torch.arange(x.shape[3] // p, device=x.device)
+        row, column = torch.cartesian_prod(rows, columns).unbind(1)  # (n,)
         angles = rope_angles(self.a.rope_axes, 0 * row, row, column)  # a picture is frame 0
-        x = self.patches(to_patches(x, self.a.patch))  # (b, n, d)
+        x = self.patches(F.pixel_unshuffle(x, p).flatten(2).mT)  # (b, n, d)
         if self.a.absolute:
             sines = rope_angles([self.a.width // 2] * 2, row, column)  # (n, d / 2)
             x = x + torch.cat([sines.cos(), sines.sin()], 1)
@@ -247,21 +246,7 @@ class DiT(nn.Module):
         with full_precision(x):
             shift, scale = self.out_modulation(c)[:, None].chunk(2, -1)
             x = self.out(ada_norm(x, shift, scale))  # (b, n, k p p)
-        return from_patches(x, rows, self.a.patch)
-
-
-def to_patches(x, p):
-    """(b, k, h, w) to (b, n, p p k)."""
-    x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (b, k, rows, p, columns, p)
-    x = x.permute(0, 2, 4, 3, 5, 1)  # (b, rows, columns, p, p, k)
-    return x.flatten(3).flatten(1, 2)
-
-
-def from_patches(x, rows, p):
-    """(b, n, k p p) to (b, k, h, w)."""
-    x = x.unflatten(2, (-1, p, p)).unflatten(1, (rows, -1))  # (b, rows, columns, k, p, p)
-    x = x.permute(0, 3, 1, 4, 2, 5)  # (b, k, rows, p, columns, p)
-    return x.flatten(4).flatten(2, 3)
+        return F.pixel_shuffle(x.mT.unflatten(2, (len(rows), -1)), p)  # (b, k, h, w)
 
 
 # ---------------- text (A.3.1): prompts to tokens (b, l, d_text), mask (b, l), pooled (b, d_pooled)
@@ -322,19 +307,21 @@ class QwenClip:  # not in the paper: which of their states; as in K5
 
 
 # ---------------- objective and sampler
-# not in the paper: rectified flow, as in K5. For who never met it:
+# not in the paper: rectified flow; K5. For who never met it:
 # - The line. x_t = (1 - t) x + t noise lies on the straight line from latents x (t = 0) to noise of
-#   the same shape (t = 1).
+#   the same shape (t = 1). (Some codes count t the other way.)
 # - Its derivative, the velocity dx_t/dt = noise - x, is the same all along the line. The network
-#   is asked for it; it sees x_t, t and the prompt.
-# - It cannot know: at x_t many lines cross, between other pictures and other noise. Of all answers
-#   the average velocity has the smallest mean square error, so that is what it learns. Whoever
-#   follows these averages turns the whole of noise into the whole of pictures.
-# - Euler's method does: from noise, x becomes x + (t' - t) v, step by step from t = 1 to 0.
+#   sees x_t, t and the prompt, and is asked for it.
+# - The average. Many lines, between other pictures and other noise, cross at x_t. Of all answers
+#   their average velocity has the smallest mean square error, so that is what is learned. Points
+#   that follow it from noise are at each t distributed as x_t is, so they end in pictures. And
+#   not in a blur: at t = 1 the average points at the mean of all pictures, but after a step fewer
+#   pictures fit, and the next average is more definite.
+# - Euler's method follows the bent path: x becomes x + (t' - t) v, with t' < t, from t = 1 to 0.
 # - Both shifts move times towards noise, where a picture's layout is decided: t_shift those that
 #   are trained on, shift those at which Euler stops.
-# - Guidance: v less the velocity without a prompt is what the prompt adds; taken `guidance` times,
-#   it makes the picture follow the prompt better than an average does.
+# - Guidance: v_empty + guidance * (v - v_empty) exaggerates what the prompt adds to the velocity
+#   without one, which is learned where `drop` left the prompt out.
 
 def flow_loss(net, x, noise, t, text):
     """Squared error of the velocity, mean over a batch: x and noise (b, k, h, w), t (b,)."""
@@ -349,16 +336,16 @@ def shifted(t, shift):
 
 
 @torch.no_grad()
-def draw(net, vae, encode, prompts, s):
-    """uint8 pictures (n, 3, size, size) of some prompts. encode: what makes text of them."""
+def draw(net, vae, encode_text, prompts, s):
+    """uint8 pictures (n, 3, size, size) of some prompts."""
     pictures = []
     for i in range(0, len(prompts), 16):
         some = list(prompts[i:i + 16])
-        like = torch.zeros(len(some), 3, s.size, s.size, device=net.latent_mean.device)
-        shape = vae.encode(like).mu.shape  # (b, k, h, w)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(s.seed + i)).to(like)
-        text = encode(some)
-        empty = encode([""] * len(some))
+        shape = (len(some), *latent_shape(vae, s, net.latent_mean.device))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(s.seed + i))
+        x = x.to(net.latent_mean.device)
+        text = encode_text(some)
+        empty = encode_text([""] * len(some))
         times = shifted(torch.linspace(1, 0, s.sample_steps + 1, device=x.device), s.shift)
         for now, after in itertools.pairwise(times):
             t = now.expand(len(x))
@@ -373,41 +360,45 @@ def draw(net, vae, encode, prompts, s):
 # ---------------- latents, once
 
 @torch.no_grad()
-def encode_all(s, vae, vae_path, files, device):
-    """Latents of all pictures and their mirror images, float16 (n, 2, k, h, w), in a file mapped
-    into memory; and the hash of what it was made from, its name. All processes make it together,
-    and an interrupted one goes on."""
-    vae_hash = data.file_hash(vae_path) if Path(vae_path).is_file() else vae_path
-    names = [Path(file).name for file in files]
-    key = hashlib.sha256(repr((vae_hash, s.size, s.seed, names)).encode()).hexdigest()
-    path = Path(s.run, f"latents-{key[:12]}.bin")
-    part = path.with_suffix(".part")
-    shape = vae.encode(torch.zeros(1, 3, s.size, s.size, device=device)).mu.shape[1:]
+def latent_shape(vae, s, device):
+    """(k, h, w) of a picture's latents; stops where they do not fit the network."""
+    with data.needs(f"--size {s.size} does not fit the VAE"):
+        shape = vae.encode(torch.zeros(1, 3, s.size, s.size, device=device)).mu.shape[1:]
     if shape[0] != s.latent_channels or shape[1] % s.patch:
         data.fail(f"latents of {tuple(shape)} need --latent-channels {shape[0]}, and a --size that "
                   f"makes their sides multiples of --patch {s.patch}")
-    shape = (len(files), 2, *shape)
-    finished = path.exists()
-    # Where there is no such file yet, this makes one that is full of zeros.
-    z = torch.from_file(str(path if finished else part), shared=True, size=math.prod(shape),
-                        dtype=torch.float16).view(shape)
-    if not finished:
-        rank, world = data.processes()
-        todo = [i for i in range(rank, len(files), world) if z[i, -1, -1, -1, -1] == 0]
-        # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
-        read = functools.partial(data.read_square, size=s.size, resize=s.size)
-        loader = DataLoader(files, batch_size=None, sampler=todo, collate_fn=read,
-                            num_workers=s.workers)
-        for i, x in zip(todo, tqdm(loader, desc="latents", disable=rank > 0)):
-            data.seed_step(s, "latents", i)
-            x = losses.from_uint8(torch.stack([x, x.flip(-1)]).to(device))  # (2, 3, size, size)
-            # not in the paper: one sample of the posterior, not a new one each time
-            z[i] = vae.encode(x).sample().half().cpu()  # (2, k, h, w)
-        if world > 1:
-            dist.barrier()
-        if rank == 0:
-            part.rename(path)
-    return z, key
+    return shape
+
+
+def latents_key(s, vae_path, files):
+    """A hash of all that the latents follow from."""
+    vae = data.file_hash(vae_path) if Path(vae_path).is_file() else vae_path
+    names = [Path(file).name for file in files]
+    return hashlib.sha256(repr((vae, s.size, s.seed, names)).encode()).hexdigest()
+
+
+@torch.no_grad()
+def encode_all(s, vae, key, files, device):
+    """Latents of all pictures and their mirror images, float16 (n, 2, k, h, w), in a file mapped
+    into memory. All processes make it together; what is still zero is missing."""
+    shape = (len(files), 2, *latent_shape(vae, s, device))
+    z = torch.from_file(str(Path(s.run, f"latents-{key[:12]}.bin")), shared=True,
+                        size=math.prod(shape), dtype=torch.float16).view(shape)
+    rank, world = data.processes()
+    todo = rank + world * (z[rank::world, -1, -1, -1, -1] == 0).nonzero()[:, 0]
+    # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
+    loader = DataLoader(files, batch_size=None, sampler=todo, num_workers=s.workers,
+                        collate_fn=functools.partial(data.read_square, size=s.size))
+    for i, x in zip(todo, tqdm(loader, desc="latents", disable=rank > 0)):
+        if isinstance(x, str):
+            data.fail(f"{x}: run 01_data.py again")
+        torch.manual_seed(1_000_000_000 * s.seed + i)
+        x = losses.from_uint8(torch.stack([x, x.flip(-1)]).to(device))  # (2, 3, size, size)
+        # not in the paper: one sample of the posterior, not a new one each time
+        z[i] = vae.encode(x).sample().half().cpu()  # (2, k, h, w)
+    if world > 1:
+        dist.barrier()
+    return z
 
 
 # ---------------- training
@@ -419,25 +410,26 @@ def train(s, vae, vae_path, device):
     val = [p["text"] for p in data.read_list(s.run, "val", 1) if p["text"]][:s.val_prompts]
     if not pictures or not val:
         data.fail("no captions: 01_data.py takes them from .txt or .json files beside pictures")
-    # What a run needs is opened before work begins.
+    # What a run needs is opened before latents are made.
     frozen = QwenClip(s, device) if s.text_encoder == "qwen-clip" else None
     rank, _ = data.processes()
     score = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
-    files = [picture["file"] for picture in pictures]
-    latents, parent = encode_all(s, vae, vae_path, files, device)
-
-    torch.manual_seed(s.seed)  # the same network whether latents were made just now or not
+    data.part_size(s)
     net = DiT(data.pick(Network, s)).to(device)
-    some = latents[::math.ceil(len(latents) / 10_000)].float()
-    net.latent_mean.copy_(some.mean((0, 1, 3, 4))[:, None, None])
-    net.latent_std.copy_(some.std((0, 1, 3, 4))[:, None, None])
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
                               weight_decay=s.weight_decay, fused=device.type != "mps")  # Table 4
     inside = [*net.refiner.parameters(), *net.blocks.parameters()]
     optimizers = training.make_optimizers(net.parameters(), inside, adamw, s.muon_lr)
     state = dict(model=net, ema=ema, **optimizers)
-    step = data.resume(out, state, s, stage, parent)
+    files = [picture["file"] for picture in pictures]
+    key = latents_key(s, vae_path, files)
+    step = data.resume(out, state, s, stage, parent=key)
+    latents = encode_all(s, vae, key, files, device)
+    some = latents[::math.ceil(len(latents) / 10_000)].float()
+    for module in (net, ema):
+        module.latent_mean.copy_(some.mean((0, 1, 3, 4))[:, None, None])
+        module.latent_std.copy_(some.std((0, 1, 3, 4))[:, None, None])
     if s.compile:
         for block in net.blocks:
             block.compile()
@@ -463,10 +455,10 @@ def train(s, vae, vae_path, device):
             if milestone and rank == 0:
                 numbers |= validate(ema, vae, frozen or ema.bytes, val, score, s)
             data.log(s.run, stage, step, numbers, bar)
-        data.save(out, state, s, step, milestone, parent=parent, vae=vae_path)
+        data.save(out, state, s, step, milestone, parent=key, vae=vae_path)
 
 
-def batch_loss(net, encode, latents, pictures, s):
+def batch_loss(net, encode_text, latents, pictures, s):
     """The loss on one part of a batch, drawn with replacement."""
     b = data.part_size(s)
     device = net.latent_mean.device
@@ -476,14 +468,14 @@ def batch_loss(net, encode, latents, pictures, s):
     t = shifted(torch.sigmoid(torch.randn(b)), s.t_shift).to(device)  # as in SD 3
     dropped = torch.rand(b) < s.drop
     prompts = ["" if d else pictures[i]["text"] for i, d in zip(number, dropped)]
-    text = encode(prompts)
+    text = encode_text(prompts)
     with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         return flow_loss(net, x, torch.randn_like(x), t, text)
 
 
-def validate(ema, vae, encode, val, score, s):
+def validate(ema, vae, encode_text, val, score, s):
     """dit.png: the first twelve validation prompts. Fig. 6: the score of all of them."""
-    tiles = draw(ema, vae, encode, val if score else val[:12], s)
+    tiles = draw(ema, vae, encode_text, val if score else val[:12], s)
     data.save_sheet(Path(s.run, "dit.png"), tiles[:12], 4, captions=val[:12])
     return {"clip_score": score(tiles, val)} if score else {}
 
@@ -516,8 +508,10 @@ def draw_samples(s, device):
     """RUN/sample.png: the prompts in --sample, from dit.pt and the VAE that it names."""
     file = data.read_checkpoint(Path(s.run, "dit.pt"), "run 07_train_dit.py without --sample")
     vae = finetuning.load_vae(s.vae or file["vae"], device)
-    given = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
-    s = Settings(**file["settings"] | {name: getattr(s, name) for name in given})
+    names = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
+    # As in training, but for what differs from the defaults.
+    given = {n: getattr(s, n) for n in names if getattr(s, n) != getattr(Settings, n)}
+    s = Settings(**file["settings"] | given)
     net = DiT(data.pick(Network, s)).to(device).eval()
     net.load_state_dict(file["ema"])
     tiles = draw(net, vae, net.bytes or QwenClip(s, device), s.sample, s)

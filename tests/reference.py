@@ -118,6 +118,9 @@ def diffusers_outputs(kl_weights, movq_weights, k5_weights):
         in_visual_dim=16, out_visual_dim=16, in_text_dim=48, in_text_dim2=24, time_dim=64,
         patch_size=(1, 2, 2), model_dim=128, ff_dim=256, num_text_blocks=2, num_visual_blocks=3,
         axes_dims=(16, 24, 24)).eval()
+    # Patches come as (row, column, channel) there, as (channel, row, column) here.
+    patches = k5_weights["patches.weight"].unflatten(1, (16, 4)).mT.flatten(1)
+    k5_weights = k5_weights | {"patches.weight": patches}
     k5.load_state_dict({to_kandinsky(k): v for k, v in k5_weights.items()})
     # It rounds queries and keys to bfloat16 when it rotates them, even in float32: taken out here.
     kandinsky.torch = types.ModuleType("torch")

@@ -94,28 +94,23 @@ def test_pictures_come_out_right(tmp_path):
            "deep.png": encoded(deep), "float.tif": encoded(picture("F"), "TIFF"),
            "narrow.png": encoded(Image.new("RGB", (400, 20))), "low.png": encoded(picture())}
     make(tmp_path, {name: file for name, (file, _) in good.items()} | bad)
-    make(tmp_path, {"low.json": b'{"AESTHETIC_SCORE": 4.5}', "readme.md": b"not a picture"})
+    side = {"low.json": b'{"AESTHETIC_SCORE": 4.5}', "readme.md": b"not a picture",
+            "turned.txt": "\ufeffein\u2028Haus 🏠\n".encode(),
+            "grey.json": b'{"caption": "from json", "aesthetic": null}',
+            "UPPER.json": b'{"caption": 3}'}
+    make(tmp_path, side)
     data.main(settings(tmp_path))
     kept, rejected, paths = lists(tmp_path)
     assert len(kept) == len(good) and set(rejected) == set(bad)
     assert "8 bits" in rejected["deep.png"] and "8 bits" in rejected["float.tif"]
     assert "4.5" in rejected["low.png"] and "400x20" in rejected["narrow.png"]
+    captions = {"turned.jpg": "ein\u2028Haus 🏠", "grey.jpg": "from json"}
     for name, (_, shown) in good.items():
+        assert kept[stored_name(tmp_path, name)] == captions.get(name, "")
         size = (32, 48) if name == "turned.jpg" else (48, 32)
         expected = np.asarray(shown.resize(size, Image.BICUBIC)).astype(int)
         stored = np.asarray(Image.open(paths[stored_name(tmp_path, name)])).astype(int)
         assert stored.shape == expected.shape and np.abs(stored - expected).mean() < 3, name
-
-
-def test_captions(tmp_path):
-    """From .txt before .json; whatever JSON holds, a caption is text."""
-    side = {"a.txt": "\ufeffein\u2028Haus 🏠\n".encode(), "a.json": b'{"caption": "unused"}',
-            "b.json": b'{"caption": "from json", "aesthetic": null}', "c.json": b'{"caption": 3}'}
-    make(tmp_path, {f"{letter}.png": encoded(picture()) for letter in "abcdefgh"} | side)
-    data.main(settings(tmp_path))
-    kept, _, _ = lists(tmp_path)
-    found = {letter: kept[stored_name(tmp_path, f"{letter}.png")] for letter in "abcd"}
-    assert found == {"a": "ein\u2028Haus 🏠", "b": "from json", "c": "", "d": ""}
 
 
 def test_reruns_make_what_is_missing(tmp_path, capsys):

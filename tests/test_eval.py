@@ -83,16 +83,14 @@ def test_meters_know_their_artifact():
 
 
 def test_perfect_and_damaged():
-    """An exact copy is ideal in all five; JPEG's blocks are a grid; noise and bicubic are none."""
-    pictures = scenes(4)
+    """An exact copy is ideal in all five; JPEG's blocks are a grid, bicubic's blur is none."""
+    pictures = scenes(2)
     x = losses.to_uint8(pictures).float()
     assert all(reaction(name, x, x) == 0 for name in evaluation.METERS)
     blocky = torch.cat([evaluation.jpeg(10, v[None]) for v in pictures])
-    assert reaction("grid", x, losses.to_uint8(blocky).float()) > 2
-    noisy = (x + 8 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
     small = losses.to_uint8(evaluation.bicubic(8, pictures)).float()
-    assert reaction("grid", x, noisy.round()) < 1 and reaction("grid", x, small) < 1
-    assert reaction("blur", x, small) > 5
+    assert reaction("grid", x, losses.to_uint8(blocky).float()) > 2
+    assert reaction("grid", x, small) < 1 and reaction("blur", x, small) > 5
 
 
 def test_every_kind_of_model(run, capsys):
@@ -115,11 +113,11 @@ def test_every_kind_of_model(run, capsys):
     found = rows(run)
     assert [row["name"] for row in found] == specs
     paths = [picture["file"] for picture in data.read_list(run, "val", 1)]
-    x = torch.stack([data.read_square(path, 64, 64) for path in paths[:2]])
+    x = torch.stack([data.read_square(path, 64) for path in paths[:2]])
     half = losses.psnr(losses.from_uint8(x), 0.5 * losses.from_uint8(x)).mean().item()
     assert found[2]["psnr"] == pytest.approx(half, abs=1e-3)
     text = (run / "eval.md").read_text()
-    assert all(f"| {spec} | " in text for spec in specs) and "untrained: features" in text
+    assert all(f"| {spec} | " in text for spec in specs) and "is not LPIPS" in text
     assert "bicubic:8 |" in capsys.readouterr().out
     latents = found[0]["latents"]
     assert latents["channels"] == 16 and len(latents["kl"]) == len(latents["std"]) == 16
@@ -128,11 +126,8 @@ def test_every_kind_of_model(run, capsys):
     assert "mid.block_1" in found[0]["activation_max_over_median"]
     for name in ("eval.png", "activations.png", "latents.png"):
         assert data.Image.open(run / name).width > 100
-    # The run's own files are found without --vae; in more steps the denoising one differs.
-    evaluation.main(settings(run, decoder_steps=5, pictures=2))
-    own = rows(run)
-    assert [row["name"] for row in own] == specs[:2] and own[0] == found[0]
-    assert own[1]["psnr"] != found[1]["psnr"]
+    evaluation.main(settings(run, pictures=2))  # the run's own
+    assert rows(run) == found[:2]
 
 
 def test_latent_report_by_value():
@@ -197,7 +192,7 @@ def test_diffusers(run):
     tiny.save_pretrained(run / "tiny")
     specs = (f"diffusers:{run / 'model'}@vae", f"diffusers:{run / 'tiny'}")
     evaluation.main(settings(run, vae=specs, pictures=1))
-    x = losses.from_uint8(data.read_square(data.read_list(run, "val", 1)[0]["file"], 64, 64)[None])
+    x = losses.from_uint8(data.read_square(data.read_list(run, "val", 1)[0]["file"], 64)[None])
     with torch.no_grad():
         x_hat = kl.decode(kl.encode(x).latent_dist.mean).sample
     first, second = rows(run)

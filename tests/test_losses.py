@@ -27,46 +27,34 @@ def test_recon_and_psnr():
     y = losses.from_uint8(torch.tensor([10, 20])[:, None, None, None].expand(2, 3, 8, 8))
     by_hand = [20 * math.log10(255 / 10), 20 * math.log10(255 / 20)]
     assert losses.psnr(x - 1, y).tolist() == pytest.approx(by_hand, abs=1e-4)
-    assert losses.psnr(y, y + 1e-4).tolist() == [100, 100]  # the same 8 bits
-    assert losses.psnr(y + 9, y + 99).tolist() == [100, 100]  # clamped
-    assert torch.equal(losses.to_uint8(losses.from_uint8(torch.arange(256))), torch.arange(256))
+    assert losses.psnr(y + 9, y + 99).tolist() == [100, 100]  # clamped, the same 8 bits
 
 
 def test_adversarial_pair():
-    def sigmoid(v):
-        return 1 / (1 + math.exp(-v))
-
+    """Both forms by hand; and why hinge: where the discriminator is sure, "log" has no gradient."""
+    sure = torch.tensor([-8.0], requires_grad=True)
+    for kind, slope in (("hinge", -1.0), ("log", -1 / (1 + math.exp(8)))):
+        gradient, = torch.autograd.grad(losses.adversarial_loss(sure, kind), sure)
+        assert gradient.item() == pytest.approx(slope, rel=1e-4)
     fake = torch.tensor([2.0, -1.0])
-    assert losses.adversarial_loss(fake).item() == pytest.approx(-0.5)
-    printed = (math.log(1 - sigmoid(2.0)) + math.log(1 - sigmoid(-1.0))) / 2  # Eq. 5
+    printed = sum(math.log(1 - 1 / (1 + math.exp(-v))) for v in (2, -1)) / 2  # Eq. 5
     assert losses.adversarial_loss(fake, "log").item() == pytest.approx(printed, rel=1e-5)
+    assert losses.adversarial_loss(fake).item() == pytest.approx(-0.5)
     real = torch.tensor([0.5, 3.0])
     fake = torch.tensor([-0.5, -4.0])
     assert losses.discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.25))
     logistic = [math.log(1 + math.exp(v)) for v in (-0.5, -3.0, -0.5, -4.0)]
     judged = losses.discriminator_loss(real, fake, "log").item()
     assert judged == pytest.approx(sum(logistic) / 4, rel=1e-5)
-    # Why hinge: where the discriminator is sure, the printed form's gradient has vanished.
-    for kind, slope in (("hinge", -1.0), ("log", -sigmoid(-8.0))):
-        sure = torch.tensor([-8.0], requires_grad=True)
-        losses.adversarial_loss(sure, kind).backward()
-        assert sure.grad.item() == pytest.approx(slope, rel=1e-4)
 
 
 def test_discriminator():
-    """The known PatchGAN: size, output, patches of 34 x 34; each picture is judged on its own."""
+    """The known PatchGAN; each picture is judged on its own."""
     net = losses.Discriminator()
     assert net(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 62, 62)
     assert sum(p.numel() for p in net.parameters()) == 663_361
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(net(x)[1:2], net(x[1:2]), atol=1e-5, rtol=1e-5)
-    for norm in net.modules():
-        if isinstance(norm, torch.nn.GroupNorm):  # it looks at the whole picture
-            norm.forward = lambda t: t
-    reach = torch.zeros(1, 3, 96, 96, requires_grad=True)
-    net(reach)[0, 0, 12, 12].backward()
-    rows = reach.grad.abs().sum((0, 1, 3)).nonzero()
-    assert rows.max() - rows.min() + 1 == 34
 
 
 def test_total_is_the_weighted_sum():
@@ -94,15 +82,10 @@ def test_lpips_equals_the_package():
 
 
 def test_perceptual_gradient_is_finite_at_zero_features():
-    """A black picture has features that are zero in all channels, where the package's gradient is
-    NaN; the values agree."""
-    class Passing(torch.nn.Module):
-        def forward(self, f):
-            return [f]
-
+    """Where the package's is NaN; the values agree."""
     perceptual = losses.Perceptual("untrained")
     perceptual.lpips.scaling_layer = torch.nn.Identity()
-    perceptual.lpips.net = Passing()
+    perceptual.lpips.net = torch.nn.Unflatten(0, (1, 1))  # one layer: the input itself
     f = torch.randn(1, 8, 4, 4)
     f[..., 0, 0] = 0
     for function, finite in ((perceptual.features, True), (lpips.normalize_tensor, False)):
@@ -110,7 +93,7 @@ def test_perceptual_gradient_is_finite_at_zero_features():
         unit = function(leaf)[0]
         unit.square().sum().backward()
         assert leaf.grad.isfinite().all() == finite
-    torch.testing.assert_close(perceptual.features(f)[0], lpips.normalize_tensor(f))
+        torch.testing.assert_close(unit.flatten(), lpips.normalize_tensor(f).flatten())
 
 
 def test_missing_weights_are_one_sentence(monkeypatch, tmp_path, capsys):
@@ -155,11 +138,9 @@ def test_which_regularizer_and_its_weight():
 
     assert chosen() == (losses.kl_loss(mu, logvar), 1e-4)
     assert chosen(free_bits=0.7)[0] == losses.free_bits(mu, logvar, 0.7)
-    weights = [chosen(step, kl_warmup=4)[1] for step in (1, 2, 4, 9)]
-    assert weights == [0.25e-4, 0.5e-4, 1e-4, 1e-4]
-    loss, weight = chosen(regularizer="ve", kl_warmup=4)
-    assert loss == losses.variance_expansion(z, logvar)
-    assert weight == pytest.approx(0.1 * 16 / (3 * 8 * 8))  # 0.1 J / N
+    assert [chosen(step, kl_warmup=4)[1] for step in (1, 4, 9)] == [0.25e-4, 1e-4, 1e-4]
+    ve, weight = chosen(regularizer="ve", kl_warmup=4)
+    assert ve == losses.variance_expansion(z, logvar) and weight == pytest.approx(0.1 / 12)
 
 
 def test_artifacts_stay_in_their_place():

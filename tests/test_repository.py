@@ -86,24 +86,6 @@ def test_script(path, capsys):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_choices_have_reasons():
-    """grep "not in the paper" lists every open choice, each with its reason."""
-    lines = [line for path in SCRIPTS for line in read(path).splitlines()]
-    marked = [line.split("not in the paper")[1] for line in lines if "# not in the paper" in line]
-    assert len(marked) > 50 and all(re.match(r": \S{1,}( |$)", reason) for reason in marked)
-
-
-def test_presets():
-    """Defaults are the paper's; the run folder is the preset's; presets name real fields."""
-    for path in SCRIPTS:
-        stage = importlib.import_module(path.stem)
-        assert stage.PRESETS["paper"] == {}
-        for preset in stage.PRESETS:
-            s = data.parse_cli(stage.Settings, stage.PRESETS, "", ["--preset", preset])
-            assert s.run == f"runs/{preset}"
-    assert model.Settings().width == 128
-
-
 def test_how_long_things_are():
     """Minimal is the first word of the order. Lower these, never raise them."""
     sizes = [len(read(path)) for path in SCRIPTS]
