@@ -325,7 +325,7 @@ def main(s):
     write_text(folder / "rejected.jsonl", "".join(lists["rejected"]))
     print(f"{folder}: " + ", ".join(f"{name} {len(lines)}" for name, lines in lists.items()))
     if not lists["train"] or not lists["val"]:
-        fail("train or val is empty (rejected.jsonl has reasons): give more pictures")
+        fail("train or val is empty (see rejected.jsonl): give more pictures")
     for split in ("train", "val"):
         write_text(folder / split / "metadata.jsonl", "".join(sorted(lists[split])))
 
@@ -347,8 +347,6 @@ def needs(what):
     except Exception as error:  # no package, no network, half a file: many kinds
         fail(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
-
-# ---------------- shelf: the command line
 
 def parse_cli(Settings, presets, doc, argv=None):
     """A Settings from the command line: default < preset < flag. Comments are the help texts."""
@@ -381,21 +379,9 @@ def pick(cls, s):
     return cls(**{field.name: getattr(s, field.name) for field in dataclasses.fields(cls)})
 
 
-def show(s, **parameters):
-    """What --dry-run prints."""
+def show(s, **parameters):  # for --dry-run
     print(json.dumps(asdict(s) | {"parameters": parameters}, indent=1))
 
-
-def check_settings(before, now, free, path):
-    """Refuse values other than `before`, except of the names in `free`."""
-    before, now = json.loads(json.dumps([before, now]))  # tuples become lists
-    for name in sorted(now.keys() - free):
-        if now[name] != before.get(name):
-            fail(f"{path} was made with --{name.replace('_', '-')} {before.get(name)}, now it is "
-                 f"{now[name]}: keep the old value, or take another --run")
-
-
-# ---------------- shelf: files
 
 def write_aside(path, write):
     """Write beside `path`, then rename: nobody ever sees half a file."""
@@ -406,8 +392,7 @@ def write_aside(path, write):
     os.replace(aside, path)
 
 
-def write_text(path, text):
-    # A caption may hold half a character, which no file can.
+def write_text(path, text):  # "replace": a caption may hold half a character
     write_aside(path, lambda f: f.write(text.encode("utf-8", "replace")))
 
 
@@ -501,14 +486,14 @@ def seed_step(s, stage, step):
 # What may change when a run goes on: where it runs, how one looks at it, ways out of a NaN.
 FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precision",
         "lr", "muon_lr", "clip_norm", "log_every", "val_every", "val_pictures",
-        "val_prompts", "vae", "qwen", "clip", "clip_score", "prompts", "sample", "sample_steps",
+        "val_prompts", "vae", "qwen", "clip", "clip_score", "sample", "sample_steps",
         "guidance", "shift"}
 
 
 def save(path, state, s, step, milestone, **about):
-    """Write a checkpoint if `milestone`, or if a signal asked to stop, and then stop. The first
-    process does: all have the same weights, and the others end with it. state: {name: module or
-    optimizer}; about: what else a reader of the file needs."""
+    """Write a checkpoint at a milestone, or if a signal asked to stop, and then stop. Only the
+    first process does; the others end with it. state: {name: module or optimizer}; about: what
+    else a reader of the file needs."""
     if processes()[0] > 0 or not (milestone or INTERRUPTS):
         return
     if not all(weights.isfinite().all() for weights in state["model"].parameters()):
@@ -526,12 +511,15 @@ NOT_FINITE = "what is saved is good: go on from there with a lower --lr, or --pr
 
 def resume(path, state, s, stage, parent=""):
     """Fill `state` from an interrupted run; returns its step, or 0. Refuses settings that
-    contradict that run, unless they are FREE, and another `parent`."""
+    contradict it, and another `parent`."""
     step = 0
     if path.exists():
         checkpoint = read_checkpoint(path, "remove it, or take another --run")
-        free = FREE | {"steps"} if s.lr_decay == 0 else FREE
-        check_settings(checkpoint["settings"], asdict(s), free, path)
+        for name, now in asdict(s).items():
+            before = checkpoint["settings"].get(name)
+            if now != before and name not in FREE and (name != "steps" or s.lr_decay > 0):
+                fail(f"{path} was begun with --{name.replace('_', '-')} {before}, not {now}: keep "
+                     "the old value, or take another --run")
         if checkpoint["parent"] != parent:
             fail(f"what {path} was begun from has changed: take another --run, or remove it")
         with needs(f"{path} does not fit these settings: keep its own"):

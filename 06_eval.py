@@ -314,7 +314,7 @@ def table(rows, s):
 
 
 def draw(run, results):
-    """eval.png: each picture whole, and its middle magnified; activations.png; latents.png."""
+    """eval.png: each picture, and its middle magnified; activations.png; latents.png."""
     size = results[0]["shown"][0][0].shape[1]
     zoom = slice(size // 2 - size // 8, size // 2 + size // 8)
     names = [result["row"]["name"][-20:] for result in results]

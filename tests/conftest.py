@@ -1,5 +1,6 @@
 """Shared by all tests: the scripts as modules, scenes prepared once, and processes that can be
 killed. CPU, offline, tiny."""
+import functools
 import importlib
 import json
 import multiprocessing
@@ -27,6 +28,8 @@ training = importlib.import_module("04_train_vae")
 finetuning = importlib.import_module("05_finetune_decoder")
 evaluation = importlib.import_module("06_eval")
 dit = importlib.import_module("07_train_dit")
+Perceptual = losses.Perceptual
+losses.Perceptual = functools.cache(Perceptual)  # the untrained one is always the same
 
 SMALL = dict(width=8, groups=4, res_blocks=1, attention_levels=())
 TRAIN = dict(crop=32, batch=4, disc_width=8, lr=1e-3, muon_lr=0.0, lr_decay=0.0, log_every=1,
@@ -148,11 +151,6 @@ def stop_at(stage, s, step, number):
     os.kill(process.pid, number)
     process.join(60)
     return process.exitcode
-
-
-def kill_and_go_on(stage, s, step):
-    assert stop_at(stage, s, step, signal.SIGKILL) == -signal.SIGKILL
-    stage.main(s)
 
 
 def on_processes(world, stage, s):

@@ -7,8 +7,7 @@ import re
 import shlex
 
 import pytest
-import torch
-from conftest import ROOT, data, model, small_vae
+from conftest import ROOT, data
 
 SCRIPTS = sorted(ROOT.glob("0*.py"))
 READMES = [ROOT / "README.md", ROOT / "tests" / "README.md"]
@@ -42,19 +41,6 @@ def test_links_lead_somewhere():
     for path in READMES:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", read(path)):
             assert (path.parent / link).exists(), link
-
-
-def test_lines_of_python(tmp_path, monkeypatch):
-    """README's way to use a VAE in other code."""
-    code = re.search(r"```python\n(.*?)```", read(ROOT / "README.md"), re.S)[1]
-    path = re.search(r'"(runs/[\w/.]+)"', code)[1]
-    (tmp_path / path).parent.mkdir(parents=True)
-    small_vae(tmp_path / path)
-    monkeypatch.chdir(tmp_path)
-    x = torch.rand(1, 3, 32, 40) * 2 - 1
-    names = {"x": x}
-    exec(code, names)
-    assert names["x_hat"].shape == x.shape
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""Variance Expansion in the plane (its paper's Fig. 1 and Appendix C), with 02's and 03's functions:
+"""Variance Expansion in the plane (its paper's Fig. 1, Appendix C), with 02's and 03's functions:
 
     python tests/toy.py runs/toy        # 90 seconds of one thread; writes runs/toy/toy.png
 
