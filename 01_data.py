@@ -42,7 +42,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Run:
@@ -83,7 +83,7 @@ SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever a file's name says
 
 
-# ---------------- resize, then crop (Sec. 5.1)
+# ---- resize, then crop (Sec. 5.1)
 
 def resize_shorter(im, side, how="bicubic"):
     """A PIL picture with a shorter side of `side`. Pillow's bicubic is antialiased."""
@@ -155,7 +155,7 @@ def find_pictures(folder):
     return paths
 
 
-# ---------------- one picture in, one picture out
+# ---- one picture in, one picture out
 
 def name_hash(source, s):
     """A number in [0, 1) that follows from a picture's place in its folder, or a scene's number."""
@@ -233,7 +233,7 @@ def read_caption(path):
     return caption.strip() if isinstance(caption, str) else "", scores[0] if scores else None
 
 
-# ---------------- scenes, for trying things out without a download
+# ---- scenes, for trying things out without a download
 
 COLORS = {"red": (220, 45, 40), "yellow": (240, 205, 50), "green": (50, 165, 70),
           "cyan": (60, 195, 215), "blue": (45, 80, 210), "purple": (150, 60, 190)}
@@ -299,7 +299,7 @@ def draw_figure(shape, width, height, rng):
     return mask
 
 
-# ---------------- main
+# ---- main
 
 def main(s):
     if s.dry_run:
@@ -330,7 +330,7 @@ def main(s):
         write_text(folder / split / "metadata.jsonl", "".join(sorted(lists[split])))
 
 
-# ================ the shelf
+# ==== the shelf
 # What all stages use: skip it on a first reading.
 
 def fail(sentence):
@@ -430,7 +430,7 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# ---------------- shelf: device and processes
+# ---- shelf: device and processes
 
 def pick_device(s):
     """The device, after setting seed and precision. Under torchrun each process has its own GPU."""
@@ -440,15 +440,15 @@ def pick_device(s):
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.backends.cudnn.benchmark = True  # crops have one size
     name = s.device
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator() or "cpu")
+    if name == "auto" and torch.accelerator.is_available():
+        name = str(torch.accelerator.current_accelerator())
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if name.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    return torch.device(name)
+    return torch.device("cpu" if name == "auto" else name)
 
 
 def processes():
@@ -481,7 +481,7 @@ def seed_step(s, stage, step):
     torch.manual_seed(random.Random(key).getrandbits(32))
 
 
-# ---------------- shelf: saving, resuming and stopping
+# ---- shelf: saving, resuming and stopping
 
 # What may change when a run goes on: where it runs, how one looks at it, ways out of a NaN.
 FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precision",
@@ -548,7 +548,7 @@ def listen():
     signal.signal(signal.SIGTERM, note)
 
 
-# ---------------- shelf: logs, curves, sheets
+# ---- shelf: logs, curves, sheets
 
 def gather(terms, step):
     """0-d tensors as numbers, means over processes; stops where one is not finite."""
@@ -578,25 +578,25 @@ def read_log(run):
 
 
 def draw_curves(run):
-    """RUN/curve.png: each quantity in the log over its stage's steps, in its own range."""
+    """RUN/curve.png: each quantity in the log over its stage's steps, from its least to its
+    largest value."""
     curves = collections.defaultdict(list)
     for line in read_log(run):
         for name in line.keys() - {"stage", "step"}:
             curves[line["stage"], name].append((line["step"], line[name]))
-    w, h = 230, 120
-    sheet = Image.new("RGB", (5 * w, math.ceil(len(curves) / 5) * h), "white")
+    w, h = 290, 110
+    sheet = Image.new("RGB", (4 * w, math.ceil(len(curves) / 4) * h), "white")
     draw = ImageDraw.Draw(sheet)
     for i, ((stage, name), points) in enumerate(sorted(curves.items())):
-        left = i % 5 * w + 10
-        top = i // 5 * h
+        left = i % 4 * w + 10
+        top = i // 4 * h
         values = [value for _, value in points]
         low = min(values)
         height = max(values) - low or 1
         scaled = [(left + (w - 30) * step / points[-1][0], top + h - 8 - 72 * (v - low) / height)
                   for step, v in points]
-        draw.text((left, top + 4), f"{stage[:2]} {name}, {points[-1][0]} steps", "black")
-        draw.text((left, top + 18), f"{low:.3g} to {low + height:.3g}, last {values[-1]:.3g}",
-                  "gray")
+        title = f"{stage[:2]} {name}: {low:.3g} to {low + height:.3g}, at last {values[-1]:.3g}"
+        draw.text((left, top + 8), title, "black")
         draw.line(scaled, (30, 60, 160), 2)
     write_aside(Path(run, "curve.png"), lambda f: sheet.save(f, "PNG"))
 

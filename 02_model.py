@@ -23,14 +23,14 @@ import torch.nn.functional as F
 data = importlib.import_module("01_data")  # a module name may not start with a digit
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Architecture:
     """What a checkpoint must carry to build its network again."""
-    width: int = 128                # not in the paper: as in MoVQGAN-67M, the smallest base model
-    width_mult: tuple[int, ...] = (1, 2, 2, 4)  # not in the paper: as in MoVQGAN; hence f = 8
-    res_blocks: int = 2             # not in the paper: as in MoVQGAN; a decoder level has one more
+    width: int = 128                # not in the paper: MoVQGAN-67M, the smallest base model
+    width_mult: tuple[int, ...] = (1, 2, 2, 4)  # not in the paper: MoVQGAN; hence f = 8
+    res_blocks: int = 2             # not in the paper: MoVQGAN; a decoder level has one more
     attention_levels: tuple[int, ...] = (3,)  # not in the paper: the last level, as in MoVQGAN
     latent_channels: int = 16       # Table 2: latent dimension d_z
     padding: Literal["reflect", "zeros"] = "reflect"  # Sec. 5.2: reflect cures the corner artifact
@@ -48,7 +48,7 @@ PRESETS = {"paper": {}, "small": dict(width=64),
            "demo": dict(width=16, res_blocks=1, attention_levels=(), groups=8)}
 
 
-# ---------------- blocks (Figures 7 and 8)
+# ---- blocks (Figures 7 and 8)
 
 class GroupNorm(nn.GroupNorm):
     """The encoder's norm, and the baseline decoder's: it does not look at the latent z."""
@@ -160,7 +160,7 @@ def middle(channels, norm, a):
                           "block_2": ResBlock(channels, channels, norm, a)})
 
 
-# ---------------- encoder, decoder, VAE (Figure 1)
+# ---- encoder, decoder, VAE (Figure 1)
 
 class Encoder(nn.Module):
     def __init__(self, a):
@@ -259,11 +259,10 @@ class VAE(nn.Module):
 def architecture(s):
     """The Architecture among a stage's settings; stops where no network fits it."""
     a = data.pick(Architecture, s)
-    levels = range(len(a.width_mult))
-    if not set(a.attention_levels) <= set(levels):
-        data.fail(f"--attention-levels {a.attention_levels} must be among {list(levels)}")
-    if any(a.width * mult % a.groups for mult in a.width_mult):
-        data.fail(f"--width {a.width} times --width-mult must be multiples of --groups {a.groups}")
+    if not set(a.attention_levels) <= set(range(len(a.width_mult))):
+        data.fail(f"--attention-levels {a.attention_levels}: there are {len(a.width_mult)} levels")
+    if a.width % a.groups:
+        data.fail(f"--width {a.width} must be a multiple of --groups {a.groups}")
     return a
 
 
@@ -271,7 +270,7 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-# ---------------- checkpoints, ours and others'
+# ---- checkpoints, ours and others'
 
 def load_vae(path, device="cpu", adapt=None):
     """A VAE in eval mode: a checkpoint of 04 or 05 (EMA weights), a file with CompVis's names, or
@@ -347,7 +346,7 @@ class Diffusers(nn.Module):
         return self.net.decode(z).sample
 
 
-# ---------------- the network as a table
+# ---- the network as a table
 
 def main(s):
     with torch.device("meta"):  # shapes without memory

@@ -39,7 +39,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 data = importlib.import_module("01_data")
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Settings(data.Run):
@@ -51,7 +51,7 @@ class Settings(data.Run):
 PRESETS = {"paper": {}, "small": {}, "demo": dict(perceptual_net="untrained", crop=64)}
 
 
-# ---------------- KL divergence, reconstruction
+# ---- KL divergence, reconstruction
 
 def kl_values(mu, logvar):  # KL to N(0, I), Eq. 2, in Eq. 3's form
     """Nats of each latent value; mu and logvar (b, k, h/f, w/f)."""
@@ -82,7 +82,7 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-# ---------------- perceptual loss
+# ---- perceptual loss
 
 class Perceptual(nn.Module):  # Eq. 6
     """LPIPS from the lpips package, mean over pictures, with a gradient that is finite everywhere.
@@ -119,7 +119,7 @@ class Perceptual(nn.Module):  # Eq. 6
         return total
 
 
-# ---------------- adversarial pair
+# ---- adversarial pair
 
 class Discriminator(nn.Module):
     """PatchGAN: pictures (b, 3, h, w) to one logit per patch (b, 1, h', w'); positive is real."""
@@ -139,7 +139,7 @@ class Discriminator(nn.Module):
         self.main = nn.Sequential(*blocks, nn.Conv2d(c, 1, 4, padding=1))
         for conv in self.main:
             if isinstance(conv, nn.Conv2d):
-                nn.init.normal_(conv.weight, 0.0, 0.02)  # not in the paper: as in MoVQGAN
+                nn.init.normal_(conv.weight, 0.0, 0.02)  # not in the paper: MoVQGAN
 
     def forward(self, x):
         return self.main(x)
@@ -165,7 +165,7 @@ def discriminator_loss(real, fake, kind="hinge"):
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-# ---------------- the whole
+# ---- the whole
 
 def total_loss(kl, recon, adv, perc, lambda_kl, s):  # Eq. 7
     """s has the other weights of Table 3; lambda_kl stands apart, since it may rise from 0."""
@@ -173,7 +173,7 @@ def total_loss(kl, recon, adv, perc, lambda_kl, s):  # Eq. 7
             + s.lambda_adv * adv + s.lambda_perc * perc)
 
 
-# ---------------- a neighbor: other regularizers
+# ---- a neighbor: other regularizers
 # Not in VIVAT: pass over it on a first reading.
 
 def regularizer(mu, logvar, z, step, s):
@@ -190,18 +190,16 @@ def free_bits(mu, logvar, nats):  # Kingma et al., 2016: max(nats, KL) for each 
     return kl_values(mu, logvar).mean((0, 2, 3)).clamp(min=nats).mean()
 
 
-def variance_expansion(z, logvar):  # arXiv 2603.21085, Eq. 9 to 11
+# arXiv 2603.21085; delta is "tiny" there, hold_weight its lambda_2 in units of lambda_1
+def variance_expansion(z, logvar, delta=1e-6, tau=1.0, hold_weight=1e-5):
     """Both (b, k, h/f, w/f), in FP32; z is the sample. The reconstruction would shrink sigma to 0:
     1 / sigma^2 resists. z could also grow to drown the noise: exp(|z| - tau) stops that."""
-    delta = 1e-6  # "tiny" in its paper, no number
-    tau = 1.0
-    hold_weight = 1e-6 / 0.1  # its lambda_2 in units of lambda_1
     expand = 1 / (logvar.exp() + delta)  # Eq. 9
     hold = (z.abs() - tau).clamp(max=30).exp()  # Eq. 10; clamped against overflow
     return expand.mean() + hold_weight * hold.mean()  # Eq. 11
 
 
-# ---------------- the artifacts of Sec. 4, made
+# ---- the artifacts of Sec. 4, made
 # not in the paper: how; forms and sizes are chosen by eye
 
 def tint(x, strength):
@@ -242,7 +240,7 @@ def droplet(x, strength):
 ARTIFACTS = {"color shift": tint, "grid": grid, "blur": blur, "corner": border, "droplet": droplet}
 
 
-# ---------------- main
+# ---- main
 
 @torch.no_grad()
 def main(s):

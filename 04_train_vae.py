@@ -28,7 +28,7 @@ model = importlib.import_module("02_model")
 losses = importlib.import_module("03_losses")
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Training(data.TrainingRun):
@@ -44,7 +44,7 @@ class Training(data.TrainingRun):
     # Eq. 5 as printed is "log", see adversarial_loss
     gan_loss: Literal["hinge", "log"] = "hinge"  # not in the paper: the base code has hinge
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's choice
-    disc_width: int = 64        # not in the paper: as in MoVQGAN's discriminator
+    disc_width: int = 64        # not in the paper: MoVQGAN's discriminator
     crop: int = 240             # Sec. 5.1: side of a crop
     lr: float = 1e-4            # Table 2 (VAE); not in the paper: the discriminator's too
     ema_decay: float = 0.9999   # Table 2
@@ -52,7 +52,7 @@ class Training(data.TrainingRun):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
     steps: int = 1_000_000      # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64             # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
-    beta1: float = 0.5          # not in the paper: as in MoVQGAN; low: its target moves
+    beta1: float = 0.5          # not in the paper: MoVQGAN; low: its target moves
     beta2: float = 0.9          # not in the paper: Adam as in MoVQGAN
     warmup: int = 0             # not in the paper: steps in which rates rise from 0
     clip_norm: float = 1.0      # not in the paper: norm of the gradient at most
@@ -68,12 +68,12 @@ class Settings(Training, model.Architecture):
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 DEMO = losses.PRESETS["demo"] | dict(
     workers=0, disc_width=24, batch=4, lr=1e-3, muon_lr=5e-3, lr_decay=1.0, ema_decay=0.995,
-    val_every=400, val_pictures=64)
+    val_every=500, val_pictures=64)
 PRESETS = {"paper": {}, "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
-           "demo": model.PRESETS["demo"] | DEMO | dict(steps=1200)}
+           "demo": model.PRESETS["demo"] | DEMO | dict(steps=1500)}
 
 
-# ---------------- one step of both players
+# ---- one step of both players
 
 def compute_losses(x, vae, disc, perceptual, step, s):
     """Of pictures x (b, 3, crop, crop): what the VAE minimizes (Eq. 7), what the discriminator
@@ -110,7 +110,7 @@ def add_gradients(vae_loss, disc_loss, vae_weights, disc_weights):
     vae_loss.backward(inputs=vae_weights)
 
 
-# ---------------- the loop
+# ---- the loop
 
 def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=True):
     """Train `disc` and what requires a gradient in `vae` up to s.steps, into the file `out`.
@@ -209,7 +209,7 @@ def ema_decay_at(step, s):
     return min(s.ema_decay, (1 + step) / (10 + step))
 
 
-# ---------------- Muon, for short runs
+# ---- Muon, for short runs
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal (K. Jordan 2024, kellerjordan.github.io/posts/muon). A convolution
@@ -250,7 +250,7 @@ def make_optimizers(weights, candidates, adam, muon_lr):
     return optimizers
 
 
-# ---------------- milestone
+# ---- milestone
 
 @torch.no_grad()
 def validate(ema, x, perceptual, s):
@@ -269,7 +269,7 @@ def validate(ema, x, perceptual, s):
     return dict(val_psnr=psnr, val_perc=perc)
 
 
-# ---------------- main
+# ---- main
 
 def main(s):
     if s.dry_run:

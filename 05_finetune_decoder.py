@@ -29,7 +29,7 @@ losses = importlib.import_module("03_losses")
 training = importlib.import_module("04_train_vae")
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Settings(training.Training):
@@ -44,7 +44,7 @@ PRESETS = {"paper": {}, "small": training.SMALL | dict(steps=30_000),
            "demo": training.DEMO | dict(muon_lr=2e-3, unet="demo", steps=240, val_every=120)}
 
 
-# ---------------- the method: frozen latents
+# ---- the method: frozen latents
 
 def freeze_encoder(vae):
     """Let nothing learn that shapes the latents."""
@@ -53,7 +53,7 @@ def freeze_encoder(vae):
     return vae
 
 
-# ---------------- a neighbor: a decoder that denoises
+# ---- a neighbor: a decoder that denoises
 # Not in VIVAT: pass over it on a first reading. From eps-VAE (arXiv 2410.04081, "E" here), which
 # trains the encoder along with it; here that stays as it is. With the numbers of E, C.2:
 #     python 05_finetune_decoder.py --decoder denoising --lambda-perc 0.5 --lambda-adv 0.5
@@ -252,7 +252,7 @@ def load_vae(path, device="cpu"):
     return model.load_vae(path, device, adapt)
 
 
-# ---------------- main
+# ---- main
 
 def refuse_idle_flags(s):
     """Stop where a flag would change nothing: no preset of this stage sets these."""

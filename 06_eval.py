@@ -34,7 +34,7 @@ losses = importlib.import_module("03_losses")
 finetuning = importlib.import_module("05_finetune_decoder")
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Settings(data.Run):
@@ -52,7 +52,7 @@ PRESETS = {"paper": {}, "imagenet256": {}, "imagenet512": dict(size=512),  # Tab
            "demo": dict(size=128, perceptual_net="untrained", workers=0)}
 
 
-# ---------------- similarity (Sec. 6.2)
+# ---- similarity (Sec. 6.2)
 
 def ssim(x, y):
     """Structural similarity of pictures (b, 3, h, w) in 0..255, mean over positions and channels:
@@ -77,7 +77,7 @@ def ssim(x, y):
     return (luminance * contrast_structure).mean(dim=(1, 2, 3))
 
 
-# ---------------- the five artifacts, metered
+# ---- the five artifacts, metered
 # not in the paper: numbers for artifacts. The five that 03 makes are measured here, for one
 # original x and its reconstruction y, (1, 3, h, w) in 0..255.
 
@@ -136,7 +136,7 @@ def fine(x):
     return x - gaussian_blur(x, [7, 7], [1.0, 1.0])
 
 
-# ---------------- activations and latents
+# ---- activations and latents
 
 @torch.no_grad()
 def activation_norms(vae, z):
@@ -187,14 +187,7 @@ def latent_report(vae, pictures):
                      "psnr_under_noise": under_noise}
 
 
-@torch.no_grad()
-def interpolate(vae, x, y):
-    """Seven decoded pictures on the line between the latents of two pictures."""
-    ends = vae.encode(x).mu, vae.encode(y).mu
-    return [losses.to_uint8(vae.decode(torch.lerp(*ends, t / 6)))[0] for t in range(7)]
-
-
-# ---------------- what can be measured
+# ---- what can be measured
 # A function for each kind, from a picture (1, 3, h, w) in [-1, 1] to its reconstruction.
 
 def bicubic(factor, x):
@@ -231,7 +224,7 @@ def open_model(spec, device):
     return functools.partial(autoencoder, vae), vae
 
 
-# ---------------- one model, measured
+# ---- one model, measured
 
 @torch.no_grad()
 def evaluate(spec, s, device, perceptual, paths):
@@ -283,26 +276,26 @@ def evaluate(spec, s, device, perceptual, paths):
     norms = activation_norms(vae, vae.encode(pictures[0]).mu)
     row["activation_max_over_median"] = {layer: v.max().item() for layer, v in norms.items()}
     row["latents"] = latent_report(vae, pictures)
-    return {"row": row, "shown": shown, "norms": norms,
-            "between": interpolate(vae, pictures[0], pictures[-1])}
+    # Seven pictures on the line between the latents of two.
+    ends = vae.encode(pictures[0]).mu, vae.encode(pictures[-1]).mu
+    between = [losses.to_uint8(vae.decode(torch.lerp(*ends, t / 6)))[0] for t in range(7)]
+    return {"row": row, "shown": shown, "norms": norms, "between": between}
 
 
-# ---------------- tables and pictures
+# ---- tables and pictures
 
 def table(rows, s):
     """eval.md: a row per model, how the numbers were made, and what was seen inside."""
-    heads = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({s.perceptual_net})",
-             "color shift": "color shift (0)", "grid": "grid (1)", "blur": "blur (1)",
-             "corner": "corner (1)", "droplet": "droplet (0)"}
-    heads |= {"rfid": "rFID"} if s.fid else {}
-    lines = ["| model | " + " | ".join(heads.values()) + " |", "|---" * (1 + len(heads)) + "|"]
+    names = ["psnr", "ssim", "lpips", *METERS] + ["rfid"] * s.fid
+    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for row in rows:
-        numbers = " | ".join(f"{row[name]:.4g}" for name in heads)
+        numbers = " | ".join(f"{row[name]:.4g}" for name in names)
         lines.append(f"| {row['name']} | {numbers} |")
-    lines.append(
-        f"\nMeans over {rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter "
-        f"side to {s.size} by antialiased bicubic, the middle; EMA weights where a file has them, the "
-        "posterior's mean, 8 bits. In brackets: ideal. LPIPS (untrained) is not LPIPS.")
+    lines.append(f"""
+Means over {rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter side
+to {s.size} by antialiased bicubic, the middle. EMA weights where a file has them, the posterior's
+mean, 8 bits. PSNR in dB; LPIPS on {s.perceptual_net} (untrained: not LPIPS). Without artifacts
+color shift and droplet read 0, the others 1.""")
     for row in rows:
         if "latents" in row:
             inside = {k: v for k, v in row["latents"].items() if not isinstance(v, list)}
@@ -338,7 +331,7 @@ def draw(run, results):
         data.save_sheet(run / "latents.png", between, 7)
 
 
-# ---------------- main
+# ---- main
 
 def main(s):
     if s.dry_run:

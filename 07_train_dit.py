@@ -39,7 +39,7 @@ training = importlib.import_module("04_train_vae")
 finetuning = importlib.import_module("05_finetune_decoder")
 
 
-# ---------------- settings
+# ---- settings
 
 @dataclass(frozen=True)
 class Network:
@@ -104,11 +104,7 @@ PRESETS = {
 }
 
 
-# ---------------- parts of the transformer (A.3.2)
-
-def full_precision(x):  # no autocast on the device of x
-    return torch.autocast(x.device.type, enabled=False)
-
+# ---- parts of the transformer (A.3.2)
 
 def rope_angles(axes, *positions):
     """Angles (n, head / 2): axes[i] values of a head turn with positions[i] (n,)."""
@@ -121,7 +117,8 @@ def apply_rope(x, angles):
     cos = angles.cos()
     sin = angles.sin()
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (b, heads, n, head / 2)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    turned = [even * cos - odd * sin, even * sin + odd * cos]
+    return torch.stack(turned, -1).flatten(-2)
 
 
 # Sec. 6.3; not in the paper: which AdaNorm: [51], cited for it, means something else; K5
@@ -179,7 +176,7 @@ class Block(nn.Module):
 
     def forward(self, x, c, angles, mask=None, text=None, text_mask=None):
         """x (b, n, d), c (b, d_t), text (b, l, d). Sums are FP32, since the gates are."""
-        with full_precision(c):
+        with torch.autocast(c.device.type, enabled=False):
             m = self.modulation(c)[:, None].split(x.shape[-1], -1)  # 6 or 9 of (b, 1, d)
         shift, scale, gate = m[:3]
         y = ada_norm(x, shift, scale)
@@ -221,7 +218,7 @@ class DiT(nn.Module):
         """x (b, k, h, w): normalized latents mixed with noise. t (b,): 0 is the picture, 1 noise.
         tokens (b, l, d_text) with mask (b, l), True at a prompt's own tokens, and pooled
         (b, d_pooled): what the text encoder gives."""
-        with full_precision(t):
+        with torch.autocast(t.device.type, enabled=False):
             angles = finetuning.sine_angles(1000 * t.float(), self.a.width // 2)
             c = self.time(torch.cat([angles.cos(), angles.sin()], 1))
             c = c + self.pooled(pooled.float())  # not in the paper: text beside time, as in K5
@@ -243,13 +240,13 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, c, angles, None, text, mask)
 
-        with full_precision(x):
+        with torch.autocast(x.device.type, enabled=False):
             shift, scale = self.out_modulation(c)[:, None].chunk(2, -1)
             x = self.out(ada_norm(x, shift, scale))  # (b, n, k p p)
         return F.pixel_shuffle(x.mT.unflatten(2, (len(rows), -1)), p)  # (b, k, h, w)
 
 
-# ---------------- text (A.3.1): prompts to tokens (b, l, d_text), mask (b, l), pooled (b, d_pooled)
+# ---- text (A.3.1): prompts to tokens (b, l, d_text), mask (b, l), pooled (b, d_pooled)
 
 class Bytes(nn.Module):
     """Embeddings of words: the sum over their UTF-8 bytes, with a table per place in the word. What
@@ -267,10 +264,12 @@ class Bytes(nn.Module):
             for slots, piece in zip(row, [b"\0", *pieces]):  # so that no prompt is empty
                 for place, byte in enumerate(piece):
                     slots[place] = 1 + 256 * place + byte
-        index = index[:, :index[..., 0].count_nonzero(1).max()].to(self.table.weight.device)
+        longest = index[..., 0].count_nonzero(1).max()
+        index = index[:, :longest].to(self.table.weight.device)
         mask = index[..., 0] > 0  # (b, l)
         tokens = self.table(index.flatten(0, 1)).unflatten(0, mask.shape)  # (b, l, d_text)
-        return tokens, mask, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return tokens, mask, pooled
 
 
 # not in the paper: K5's, with its spelling; the states of its own tokens are cut off
@@ -292,6 +291,7 @@ class QwenClip:  # not in the paper: which of their states; as in K5
         self.start = len(self.qwen_tokenizer(TEMPLATE).input_ids)
         self.length = s.text_length
         self.device = device
+
     @torch.no_grad()
     def __call__(self, prompts):
         # With causal attention and padding on the right, no token sees what is padded.
@@ -306,7 +306,7 @@ class QwenClip:  # not in the paper: which of their states; as in K5
         return tokens, mask, self.clip(**c).pooler_output.float()  # (b, d_CLIP)
 
 
-# ---------------- objective and sampler
+# ---- objective and sampler
 # not in the paper: rectified flow; K5. For who never met it:
 # - The line. x_t = (1 - t) x + t noise lies on the straight line from latents x (t = 0) to noise of
 #   the same shape (t = 1). (Some codes count t the other way.)
@@ -352,12 +352,13 @@ def draw(net, vae, encode_text, prompts, s):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
                 v = net(x, t, *text).float()
                 v_empty = net(x, t, *empty).float()
-            x = x + (after - now) * (v_empty + s.guidance * (v - v_empty))
+            v = v_empty + s.guidance * (v - v_empty)
+            x = x + (after - now) * v
         pictures += losses.to_uint8(vae.decode(x * net.latent_std + net.latent_mean)).cpu()
     return pictures
 
 
-# ---------------- latents, once
+# ---- latents, once
 
 @torch.no_grad()
 def latent_shape(vae, s, device):
@@ -385,7 +386,8 @@ def encode_all(s, vae, key, files, device):
     z = torch.from_file(str(Path(s.run, f"latents-{key[:12]}.bin")), shared=True,
                         size=math.prod(shape), dtype=torch.float16).view(shape)
     rank, world = data.processes()
-    todo = rank + world * (z[rank::world, -1, -1, -1, -1] == 0).nonzero()[:, 0]
+    missing = z[rank::world, -1, -1, -1, -1] == 0
+    todo = rank + world * missing.nonzero()[:, 0]
     # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
     loader = DataLoader(files, batch_size=None, sampler=todo, num_workers=s.workers,
                         collate_fn=functools.partial(data.read_square, size=s.size))
@@ -401,7 +403,7 @@ def encode_all(s, vae, key, files, device):
     return z
 
 
-# ---------------- training
+# ---- training
 
 def train(s, vae, vae_path, device):
     stage = "07_train_dit"
@@ -464,7 +466,8 @@ def batch_loss(net, encode_text, latents, pictures, s):
     device = net.latent_mean.device
     number = torch.randint(len(latents), (b,))
     mirrored = torch.randint(2, (b,))  # not in the paper: mirroring
-    x = (latents[number, mirrored].to(device).float() - net.latent_mean) / net.latent_std
+    x = latents[number, mirrored].to(device).float()
+    x = (x - net.latent_mean) / net.latent_std
     t = shifted(torch.sigmoid(torch.randn(b)), s.t_shift).to(device)  # as in SD 3
     dropped = torch.rand(b) < s.drop
     prompts = ["" if d else pictures[i]["text"] for i, d in zip(number, dropped)]
@@ -502,7 +505,7 @@ def clip_scorer(name, device):
     return score
 
 
-# ---------------- main
+# ---- main
 
 def draw_samples(s, device):
     """RUN/sample.png: the prompts in --sample, from dit.pt and the VAE that it names."""

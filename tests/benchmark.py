@@ -29,11 +29,6 @@ def random_vgg():
     return perceptual.eval().requires_grad_(False)
 
 
-def our_vae(width):
-    return model.VAE(model.Architecture(width=width, attention_levels=(), padding="zeros",
-                                        decoder_norm="group"))
-
-
 class Theirs(torch.nn.Module):
     """diffusers' AutoencoderKL behind the call of 02's VAE."""
     def __init__(self, width):
@@ -80,7 +75,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     s = training.Settings(crop=a.crop, batch=a.batch)
     torch.manual_seed(0)
-    steps = [stepper(vae, random_vgg(), s, device) for vae in (our_vae(a.width), Theirs(a.width))]
+    ours = model.VAE(model.Architecture(width=a.width, attention_levels=(), padding="zeros",
+                                        decoder_norm="group"))
+    steps = [stepper(vae, random_vgg(), s, device) for vae in (ours, Theirs(a.width))]
     ratios = []
     seconds = [[], []]
     for pair in range(a.pairs + 1):

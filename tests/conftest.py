@@ -1,12 +1,10 @@
-"""Shared by all tests: the scripts as modules, scenes prepared once, and processes that can be
-killed. CPU, offline, tiny."""
+"""Shared by all tests: the scripts as modules, pictures, processes. CPU, offline, tiny."""
 import functools
 import importlib
 import json
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -90,6 +88,21 @@ def small_vae(path=None, **more):
     return vae
 
 
+def peer_files():
+    """{name: (weights under our names, what a project's file holds)}, random."""
+    norm32 = dict(SMALL, width=32, groups=32, padding="zeros", decoder_norm="group")
+    flux = small_vae(**norm32).state_dict()
+    spatial = small_vae(**norm32 | dict(decoder_norm="spatial", attention_levels=(2, 3)))
+    ldm = small_vae(**norm32, latent_channels=4, quant_conv=True).state_dict()
+    matrices = {k: w[..., 0, 0] if w.shape[2:] == (1, 1) and "attn" in k else w
+                for k, w in flux.items()}
+    whole = {f"first_stage_model.{k}": w.half() for k, w in ldm.items()}
+    return {"flux": (flux, flux), "matrices": (flux, matrices),
+            "spatial": (spatial.state_dict(), spatial.state_dict()),
+            "kl-f8": (ldm, {"state_dict": ldm | {"loss.logvar": torch.zeros(3)}, "epoch": 3}),
+            "sd1": (ldm, {"state_dict": whole | {"cond_stage_model.x": torch.zeros(3)}})}
+
+
 def checkpoint(path):
     return torch.load(path, weights_only=True)
 
@@ -149,7 +162,7 @@ def stop_at(stage, s, step, number):
     while process.is_alive() and not (path.exists() and f'"step": {step},' in path.read_text()):
         time.sleep(0.002)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join()  # a timeout would wait for its loader's workers too, which take 5 s to notice
     return process.exitcode
 
 

@@ -20,7 +20,7 @@ K5 = dict(text_encoder="qwen-clip", pooled_width=24, latent_channels=16, width=1
 
 
 def formula_weights(state):
-    """The same weights anywhere, without a random generator: sines scaled by fan-in."""
+    """The same weights anywhere: sines scaled by fan-in."""
     out = {}
     for i, key in enumerate(sorted(state)):
         w = state[key]
@@ -41,6 +41,13 @@ def fill(net):
     weights = formula_weights({k: v for k, v in net.state_dict().items() if k not in buffers})
     net.load_state_dict(weights, strict=False)
     return net.eval()
+
+
+def networks():
+    """Ours, with the formula's weights: two VAEs and a DiT."""
+    from conftest import dit, model
+    kl, movq = [fill(model.VAE(model.Architecture(**a))) for a in (KL, MOVQ)]
+    return kl, movq, fill(dit.DiT(dit.Network(**K5)))
 
 
 def formula(*shape):
@@ -95,10 +102,11 @@ def to_kandinsky(key):
 
 
 @torch.no_grad()
-def diffusers_outputs(kl_weights, movq_weights, k5_weights):
-    """{name: output} of the three networks with weights under our names."""
+def diffusers_outputs():
+    """{name: output} of diffusers' three networks with the weights of ours."""
     import diffusers
     import diffusers.models.transformers.transformer_kandinsky as kandinsky
+    kl_weights, movq_weights, k5_weights = [dict(net.named_parameters()) for net in networks()]
     common = dict(in_channels=3, out_channels=3, layers_per_block=1,
                   block_out_channels=(32, 32, 64, 64))
     down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -111,25 +119,23 @@ def diffusers_outputs(kl_weights, movq_weights, k5_weights):
         down_block_types=(down,) * 3 + ("Attn" + down,), up_block_types=("Attn" + up,) + (up,) * 3,
         latent_channels=4, vq_embed_dim=4, num_vq_embeddings=16, norm_type="spatial",
         **common).eval()
-    decoder = {k: movq_weights["decoder." + to_compvis(k)].view(v.shape)
-               for k, v in movq.decoder.state_dict().items()}
-    movq.decoder.load_state_dict(decoder)
+    movq.decoder.load_state_dict({k: movq_weights["decoder." + to_compvis(k)].view(v.shape)
+                                  for k, v in movq.decoder.state_dict().items()})
     k5 = kandinsky.Kandinsky5Transformer3DModel(
         in_visual_dim=16, out_visual_dim=16, in_text_dim=48, in_text_dim2=24, time_dim=64,
         patch_size=(1, 2, 2), model_dim=128, ff_dim=256, num_text_blocks=2, num_visual_blocks=3,
         axes_dims=(16, 24, 24)).eval()
     # Patches come as (row, column, channel) there, as (channel, row, column) here.
     patches = k5_weights["patches.weight"].unflatten(1, (16, 4)).mT.flatten(1)
-    k5_weights = k5_weights | {"patches.weight": patches}
+    k5_weights["patches.weight"] = patches
     k5.load_state_dict({to_kandinsky(k): v for k, v in k5_weights.items()})
     # It rounds queries and keys to bfloat16 when it rotates them, even in float32: taken out here.
     kandinsky.torch = types.ModuleType("torch")
     kandinsky.torch.__dict__.update(vars(torch) | {"bfloat16": torch.float32})
     x, t, tokens, _, pooled = flow_inputs()
-    rows, columns, words = torch.arange(4), torch.arange(6), torch.arange(7)
     v = k5(hidden_states=x.permute(0, 2, 3, 1)[:, None], encoder_hidden_states=tokens,
-           timestep=1000 * t, pooled_projections=pooled, text_rope_pos=words,
-           visual_rope_pos=[torch.arange(1), rows, columns]).sample
+           timestep=1000 * t, pooled_projections=pooled, text_rope_pos=torch.arange(7),
+           visual_rope_pos=[torch.arange(1), torch.arange(4), torch.arange(6)]).sample
     z = formula(1, 4, 4, 6)
     return {"kl encoded": kl.encode(formula(1, 3, 32, 48)).latent_dist.mean,
             "kl decoded": kl.decode(formula(1, 16, 4, 6)).sample,
@@ -137,12 +143,8 @@ def diffusers_outputs(kl_weights, movq_weights, k5_weights):
 
 
 def main():
-    from conftest import dit, model
-    weights = [fill(net).state_dict() for net in (model.VAE(model.Architecture(**KL)),
-                                                  model.VAE(model.Architecture(**MOVQ)))]
-    k5 = dict(fill(dit.DiT(dit.Network(**K5))).named_parameters())
     numbers = {name: [float(f"{v:.7g}") for v in out.flatten()[::EVERY].tolist()]
-               for name, out in diffusers_outputs(*weights, k5).items()}
+               for name, out in diffusers_outputs().items()}
     FILE.write_text(json.dumps(numbers))
 
 

@@ -54,10 +54,11 @@ def read_shape(figure):
     y, x = torch.nonzero(figure).double().mean(0).tolist()
     best = {}
     for shape, turn in itertools.product(data.SHAPES, (-0.2, -0.1, 0.0, 0.1, 0.2)):
-        outline = corners(shape, turn)
-        radius = (figure.sum().item() / area(outline)) ** 0.5
+        count, halfway = data.SHAPES[shape]
+        area = count * halfway * np.sin(np.pi / count)  # with radius 1
+        radius = (figure.sum().item() / area) ** 0.5
         mask = Image.new("1", figure.shape[::-1])
-        placed = [(x + radius * u, y + radius * v) for u, v in outline]
+        placed = [(x + radius * u, y + radius * v) for u, v in corners(shape, turn)]
         ImageDraw.Draw(mask).polygon(placed, fill=1)
         mask = torch.from_numpy(np.array(mask))
         overlap = (mask & figure).sum().item() / (mask | figure).sum().item()
@@ -71,11 +72,6 @@ def corners(shape, turn):
     angle = turn + (np.pi / 4 if shape == "square" else 0) + np.pi * np.arange(2 * count) / count
     reach = np.where(np.arange(2 * count) % 2, halfway, 1)
     return list(zip(reach * np.sin(angle), -reach * np.cos(angle)))
-
-
-def area(outline):
-    pairs = zip(outline, outline[1:] + outline[:1])
-    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairs)) / 2
 
 
 def read_pattern(brightness, ground):
@@ -102,7 +98,7 @@ def prompts():
 def main(run):
     checkpoint = data.read_checkpoint(Path(run, "dit.pt"), "run 07_train_dit.py first")
     s = dit.Settings(**checkpoint["settings"])
-    net = dit.DiT(data.part(dit.Network, s)).eval()
+    net = dit.DiT(data.pick(dit.Network, s)).eval()
     net.load_state_dict(checkpoint["ema"])
     vae = dit.finetuning.load_vae(checkpoint["vae"])
     right = []
