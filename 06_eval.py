@@ -310,7 +310,7 @@ def draw(run, results):
     """eval.png: each picture, and its middle magnified; activations.png; latents.png."""
     size = results[0]["shown"][0][0].shape[1]
     zoom = slice(size // 2 - size // 8, size // 2 + size // 8)
-    names = [result["row"]["name"][-20:] for result in results]
+    names = [result["row"]["name"][-30:] for result in results]
     tiles = []
     for i, (x, _) in enumerate(results[0]["shown"]):
         whole = [x] + [result["shown"][i][1] for result in results]
