@@ -277,7 +277,7 @@ def load_vae(path, device="cpu", adapt=None):
     diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit. adapt(vae, checkpoint)
     may change the network before it is filled."""
     if str(path).startswith("diffusers:"):
-        return Diffusers(path.removeprefix("diffusers:")).to(device).eval()
+        return Diffusers(str(path).removeprefix("diffusers:")).to(device).eval()
     checkpoint = data.read_checkpoint(path, "run 04_train_vae.py first, or give another file")
     if "architecture" in checkpoint:
         a = Architecture(**checkpoint["architecture"])

@@ -50,7 +50,6 @@ def freeze_encoder(vae):
     """Let nothing learn that shapes the latents."""
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    return vae
 
 
 # ---- a neighbor: a decoder that denoises
@@ -268,7 +267,10 @@ def main(s):
     refuse_idle_flags(s)
     source = Path(s.vae or Path(s.run, "vae.pt"))
     # not in the paper: it starts from the EMA weights, which are what 04 is for
-    vae = freeze_encoder(model.load_vae(source))
+    vae = model.load_vae(source)
+    if not isinstance(vae, model.VAE):
+        data.fail(f"--vae {source} can be measured, but not trained on: give a file")
+    freeze_encoder(vae)
     checkpoint = data.read_checkpoint(source, "")
     torch.manual_seed(s.seed)  # what is new starts alike in all processes
     if s.decoder == "denoising":

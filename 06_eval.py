@@ -339,8 +339,8 @@ def main(s):
     if s.size < 64:
         data.fail(f"--size {s.size} must be at least 64: meters look inside a frame of 16 pixels")
     run = Path(s.run)
-    own = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
-    specs = s.vae or [str(path) for path in own if path.is_file()]
+    usual = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
+    specs = s.vae or [str(path) for path in usual if path.is_file()]
     if not specs:
         data.fail(f"nothing to measure in {run}: run 04_train_vae.py first, or give --vae")
     if s.images:

@@ -100,7 +100,7 @@ PRESETS = {
         width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, rope_axes=(8, 12, 12),
         text_width=64, pooled_width=64, text_length=32, size=96, steps=1600, batch=32, lr=2e-3,
         muon_lr=0.02, lr_decay=0.7, t_shift=4.0, warmup=100, ema_decay=0.99, precision="fp32",
-        workers=0, val_every=400),
+        workers=0, val_every=400, sample_steps=16, guidance=4.0, shift=6.0),
 }
 
 
@@ -509,14 +509,15 @@ def clip_scorer(name, device):
 
 def draw_samples(s, device):
     """RUN/sample.png: the prompts in --sample, from dit.pt and the VAE that it names."""
-    file = data.read_checkpoint(Path(s.run, "dit.pt"), "run 07_train_dit.py without --sample")
-    vae = finetuning.load_vae(s.vae or file["vae"], device)
+    path = Path(s.run, "dit.pt")
+    checkpoint = data.read_checkpoint(path, "run 07_train_dit.py without --sample")
+    vae = finetuning.load_vae(s.vae or checkpoint["vae"], device)
     names = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
     # As in training, but for what differs from the defaults.
     given = {n: getattr(s, n) for n in names if getattr(s, n) != getattr(Settings, n)}
-    s = Settings(**file["settings"] | given)
+    s = Settings(**checkpoint["settings"] | given)
     net = DiT(data.pick(Network, s)).to(device).eval()
-    net.load_state_dict(file["ema"])
+    net.load_state_dict(checkpoint["ema"])
     tiles = draw(net, vae, net.bytes or QwenClip(s, device), s.sample, s)
     data.save_sheet(Path(s.run, "sample.png"), tiles, min(4, len(tiles)), captions=s.sample)
 
@@ -528,8 +529,8 @@ def main(s):
     device = data.pick_device(s)
     if s.sample:
         return draw_samples(s, device)
-    own = Path(s.run, "vae_finetuned.pt")
-    vae_path = s.vae or str(own if own.is_file() else Path(s.run, "vae.pt"))
+    finetuned = Path(s.run, "vae_finetuned.pt")
+    vae_path = s.vae or str(finetuned if finetuned.is_file() else Path(s.run, "vae.pt"))
     print(f"latents of {vae_path}")
     train(s, finetuning.load_vae(vae_path, device), vae_path, device)
 
