@@ -484,9 +484,9 @@ def seed_step(s, stage, step):
 # ---- shelf: saving, resuming and stopping
 
 # What may change when a run goes on: where it runs, how one looks at it, ways out of a NaN.
-FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precision", "lr", "muon_lr",
-        "clip_norm", "log_every", "val_every", "val_pictures", "val_prompts", "vae", "qwen", "clip",
-        "clip_score", "sample", "sample_steps", "guidance", "shift"}
+FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precision", "lr", "clip",
+        "muon_lr", "clip_norm", "log_every", "val_every", "val_pictures", "val_prompts", "vae",
+        "qwen", "clip_score", "sample", "sample_steps", "guidance", "shift"}
 
 
 def save(path, state, s, step, milestone, **about):
