@@ -157,7 +157,7 @@ def find_pictures(folder):
 
 # ---- one picture in, one picture out
 
-def name_hash(source, s):
+def name_number(source, s):
     """A number in [0, 1) that follows from a picture's place in its folder, or a scene's number."""
     name = f"scene {source}" if isinstance(source, int) else os.path.relpath(source, s.images)
     return int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) / 16 ** 8
@@ -166,7 +166,7 @@ def name_hash(source, s):
 def prepare(source, s, val_below):
     """Filter, resize and store one picture, a path or the number of a scene. Returns its list
     ("train", "val" or "rejected"), and its line there."""
-    split = "val" if name_hash(source, s) < val_below else "train"
+    split = "val" if name_number(source, s) < val_below else "train"
     scene = isinstance(source, int)
     try:
         if scene:
@@ -271,7 +271,11 @@ def draw_scene(seed, index, split, height):
     marks = {"plain": 0 * across, "striped": across > 0, "checkered": across * down > 0,
              "dotted": across + down > 1.1}[pattern]
 
-    figure = torch.from_numpy(np.array(draw_figure(shape, width, height, rng)))  # (h, w)
+    middle_x = (width + rng.uniform(-0.2, 0.2) * height) / 2
+    middle_y = (height + rng.uniform(-0.12, 0.12) * height) / 2
+    radius = rng.uniform(0.25, 0.33) * height
+    turn = rng.uniform(-0.2, 0.2)
+    figure = draw_figure(shape, width, height, middle_x, middle_y, radius, turn)
     light = 1 + rng.uniform(-0.15, 0.15) * x + rng.uniform(-0.1, 0.1) * y
     light = torch.where(figure, light, light * (1 - 0.34 * marks))
     palette = torch.tensor([COLORS[ground], COLORS[color]])[figure.long()]  # (h, w, 3)
@@ -280,12 +284,8 @@ def draw_scene(seed, index, split, height):
     return Image.fromarray(picture.clamp(0, 255).byte().numpy())
 
 
-def draw_figure(shape, width, height, rng):
-    """A mask of the shape, near the middle, a little turned."""
-    x = (width + rng.uniform(-0.2, 0.2) * height) / 2
-    y = (height + rng.uniform(-0.12, 0.12) * height) / 2
-    radius = rng.uniform(0.25, 0.33) * height
-    turn = rng.uniform(-0.2, 0.2)
+def draw_figure(shape, width, height, x, y, radius, turn):
+    """A mask (h, w) of a shape around (x, y), turned by an angle."""
     corners, halfway = SHAPES[shape]
     if shape == "square":
         turn += math.pi / 4  # it stands on a side
@@ -296,7 +296,7 @@ def draw_figure(shape, width, height, rng):
         outline.append((x + reach * math.sin(angle), y - reach * math.cos(angle)))
     mask = Image.new("1", (width, height))
     ImageDraw.Draw(mask).polygon(outline, fill=1)
-    return mask
+    return torch.from_numpy(np.array(mask))
 
 
 # ---- main
@@ -312,7 +312,7 @@ def main(s):
     if not sources:
         fail(f"--images {s.images}, --count {s.count}: nothing to do")
     # Of a small folder five pictures, or a quarter.
-    numbers = sorted(name_hash(source, s) for source in sources)
+    numbers = sorted(name_number(source, s) for source in sources)
     val_below = max(s.val_share, numbers[min(5, len(numbers) // 4)])
     lists = {"train": [], "val": [], "rejected": []}
     # Its processes call prepare() on one source at a time.

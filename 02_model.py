@@ -233,8 +233,7 @@ class VAE(nn.Module):
     def __init__(self, a):
         super().__init__()
         self.architecture = a
-        self.factor = 2 ** (len(a.width_mult) - 1)  # f
-        self.multiple = self.factor  # of which sides must be multiples
+        self.multiple = 2 ** (len(a.width_mult) - 1)  # f, of which sides must be multiples
         k = a.latent_channels
         self.encoder = Encoder(a)
         self.quant_conv = nn.Conv2d(2 * k, 2 * k, 1) if a.quant_conv else nn.Identity()
@@ -274,11 +273,15 @@ def count(module):
 
 def load_vae(path, device="cpu", adapt=None):
     """A VAE in eval mode: a checkpoint of 04 or 05 (EMA weights), a file with CompVis's names, or
-    diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit. adapt(vae, checkpoint)
-    may change the network before it is filled."""
+    diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit."""
     if str(path).startswith("diffusers:"):
         return Diffusers(str(path).removeprefix("diffusers:")).to(device).eval()
     checkpoint = data.read_checkpoint(path, "run 04_train_vae.py first, or give another file")
+    return build_vae(checkpoint, path, adapt).to(device)
+
+
+def build_vae(checkpoint, path, adapt=None):
+    """The VAE in a checkpoint. adapt(vae, checkpoint) may change it before it is filled."""
     if "architecture" in checkpoint:
         a = Architecture(**checkpoint["architecture"])
         weights = checkpoint["ema"]
@@ -290,7 +293,7 @@ def load_vae(path, device="cpu", adapt=None):
         if adapt:
             adapt(vae, checkpoint)
         vae.load_state_dict(weights)
-    return vae.to(device).eval()
+    return vae.eval()
 
 
 def compvis_weights(checkpoint):

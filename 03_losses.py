@@ -169,8 +169,7 @@ def discriminator_loss(real, fake, kind="hinge"):
 
 def total_loss(kl, recon, adv, perc, lambda_kl, s):  # Eq. 7
     """s has the other weights of Table 3; lambda_kl stands apart, since it may rise from 0."""
-    return (lambda_kl * kl + s.lambda_recon * recon
-            + s.lambda_adv * adv + s.lambda_perc * perc)
+    return lambda_kl * kl + s.lambda_recon * recon + s.lambda_adv * adv + s.lambda_perc * perc
 
 
 # ---- a neighbor: other regularizers

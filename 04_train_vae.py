@@ -250,7 +250,7 @@ def make_optimizers(weights, candidates, adam, muon_lr):
     return optimizers
 
 
-# ---- milestone
+# ---- looking
 
 @torch.no_grad()
 def validate(ema, x, perceptual, s):

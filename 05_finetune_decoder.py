@@ -266,12 +266,10 @@ def refuse_idle_flags(s):
 def main(s):
     refuse_idle_flags(s)
     source = Path(s.vae or Path(s.run, "vae.pt"))
+    checkpoint = data.read_checkpoint(source, "run 04_train_vae.py first, or give --vae a file")
     # not in the paper: it starts from the EMA weights, which are what 04 is for
-    vae = model.load_vae(source)
-    if not isinstance(vae, model.VAE):
-        data.fail(f"--vae {source} can be measured, but not trained on: give a file")
+    vae = model.build_vae(checkpoint, source)
     freeze_encoder(vae)
-    checkpoint = data.read_checkpoint(source, "")
     torch.manual_seed(s.seed)  # what is new starts alike in all processes
     if s.decoder == "denoising":
         give_denoising_decoder(vae, s.unet)

@@ -273,11 +273,11 @@ def evaluate(spec, s, device, perceptual, paths):
         row["rfid"] = fid.compute().item()
     if vae is None:
         return {"row": row, "shown": shown}
-    norms = activation_norms(vae, vae.encode(pictures[0]).mu)
+    ends = [vae.encode(x).mu for x in (pictures[0], pictures[-1])]
+    norms = activation_norms(vae, ends[0])
     row["activation_max_over_median"] = {layer: v.max().item() for layer, v in norms.items()}
     row["latents"] = latent_report(vae, pictures)
     # Seven pictures on the line between the latents of two.
-    ends = vae.encode(pictures[0]).mu, vae.encode(pictures[-1]).mu
     between = [losses.to_uint8(vae.decode(torch.lerp(*ends, t / 6)))[0] for t in range(7)]
     return {"row": row, "shown": shown, "norms": norms, "between": between}
 

@@ -338,11 +338,11 @@ def shifted(t, shift):
 @torch.no_grad()
 def draw(net, vae, encode_text, prompts, s):
     """uint8 pictures (n, 3, size, size) of some prompts."""
+    shape = latent_shape(vae, s, net.latent_mean.device)
     pictures = []
     for i in range(0, len(prompts), 16):
         some = list(prompts[i:i + 16])
-        shape = (len(some), *latent_shape(vae, s, net.latent_mean.device))
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(s.seed + i))
+        x = torch.randn(len(some), *shape, generator=torch.Generator().manual_seed(s.seed + i))
         x = x.to(net.latent_mean.device)
         text = encode_text(some)
         empty = encode_text([""] * len(some))

@@ -7,13 +7,12 @@ prints how many pictures show the prompt's color, shape, pattern, ground, and al
 """
 import importlib
 import itertools
+import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 data = importlib.import_module("01_data")
@@ -55,23 +54,12 @@ def read_shape(figure):
     best = {}
     for shape, turn in itertools.product(data.SHAPES, (-0.2, -0.1, 0.0, 0.1, 0.2)):
         count, halfway = data.SHAPES[shape]
-        area = count * halfway * np.sin(np.pi / count)  # with radius 1
+        area = count * halfway * math.sin(math.pi / count)  # with radius 1
         radius = (figure.sum().item() / area) ** 0.5
-        mask = Image.new("1", figure.shape[::-1])
-        placed = [(x + radius * u, y + radius * v) for u, v in corners(shape, turn)]
-        ImageDraw.Draw(mask).polygon(placed, fill=1)
-        mask = torch.from_numpy(np.array(mask))
+        mask = data.draw_figure(shape, *figure.shape[::-1], x, y, radius, turn)
         overlap = (mask & figure).sum().item() / (mask | figure).sum().item()
         best[shape] = max(overlap, best.get(shape, 0))
     return max(best, key=best.get)
-
-
-def corners(shape, turn):
-    """The outline of a shape of radius 1."""
-    count, halfway = data.SHAPES[shape]
-    angle = turn + (np.pi / 4 if shape == "square" else 0) + np.pi * np.arange(2 * count) / count
-    reach = np.where(np.arange(2 * count) % 2, halfway, 1)
-    return list(zip(reach * np.sin(angle), -reach * np.cos(angle)))
 
 
 def read_pattern(brightness, ground):
