@@ -1,22 +1,19 @@
 """Stage 1 of VIVAT: from any pictures to a training set.
 
-Reads   --images DIR: a folder tree of pictures, with captions beside them in .txt or .json files
-        (as img2dataset writes them; its shards unpack by: for t in *.tar; do tar -xf $t; done);
-        or nothing: then scenes are drawn here, each with an exact caption.
-Writes  RUN/data/train and RUN/data/val: lossless WebP, and metadata.jsonl (file_name, text);
-        RUN/data/rejected.jsonl.
+Reads   --images DIR: a folder tree of pictures, with captions beside them in .txt or .json files,
+        as img2dataset writes them; or nothing: then scenes are drawn here, with exact captions.
+Writes  RUN/data: train and val, each lossless WebP and metadata.jsonl; rejected.jsonl.
 Paper   Sec. 5.1 (data selection; resize first, then crop).
 
     python 01_data.py --preset small --images ~/Pictures --run runs/mine
 
-Run it again and it makes only what is missing. The end of this file is the shelf: what all stages
-use and no paper speaks of.
+Run it again and it makes only what is missing. The end of this file is a shelf for all stages.
 """
 import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
+import errno
 import functools
 import hashlib
 import inspect
@@ -33,10 +30,10 @@ import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock  # torch needs it, too
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
@@ -51,7 +48,6 @@ class Run:
     seed: int = 0          # all that is random follows from it
     device: str = "auto"   # cuda, mps or cpu; auto: the first of them that is there
     workers: int = 8       # processes that read pictures beside this one
-    dry_run: bool = False  # print settings and counts of parameters, and stop
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class TrainingRun(Run):
     """The same for the stages that train."""
     muon_lr: float = 0.0   # not in the paper: above 0, Muon for matrices; for short runs
     lr_decay: float = 0.0  # not in the paper: last share of the steps, where rates fall to 0
-    accumulate: int = 1    # parts that a process cuts its share of a batch into, for memory
+    accumulate: int = 1    # parts that a batch is cut into, for memory
     compile: bool = False  # torch.compile the network
     log_every: int = 100   # steps between two lines of the log
 
@@ -81,6 +77,7 @@ PRESETS = {"paper": {}, "small": dict(count=20_000),
            "demo": dict(min_side=360, resize=128, count=2200, val_share=0.03)}
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever a file's name says
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation: Pillow's Transpose
 
 
 # ---- resize, then crop (Sec. 5.1)
@@ -89,6 +86,8 @@ def resize_shorter(im, side, how="bicubic"):
     """A PIL picture with a shorter side of `side`. Pillow's bicubic is antialiased."""
     scale = side / min(im.size)
     size = [round(length * scale) for length in im.size]
+    if max(size) > 16383:  # the longest side that WebP can store
+        raise ValueError(f"{im.width}x{im.height} is too narrow")
     return im.resize(size, Image.Resampling[how.upper()])
 
 
@@ -118,7 +117,7 @@ class Crops(Dataset):
 
 
 def read_square(path, size):
-    """Shorter side to `size`, the middle: uint8 (3, size, size); or, in words, why not."""
+    """Shorter side to `size`, the middle: uint8 (3, size, size); or in words why not."""
     try:
         return center_crop(resize_shorter(open_picture(path), size), size)
     except Exception as error:
@@ -134,11 +133,18 @@ def read_list(run, split, side):
     with open(path, encoding="utf-8") as f:
         lines = [json.loads(line) for line in f]
     pictures = [{"file": str(folder / line["file_name"]), "text": line["text"]} for line in lines]
+    for picture in pictures:
+        if not is_whole(Path(picture["file"])):
+            fail(f"{picture['file']} is gone: run 01_data.py again")
     stored = min(Image.open(pictures[0]["file"]).size)
     if stored < side:
         fail(f"pictures in {folder} have a shorter side of {stored}, not {side}: run 01_data.py "
              "with a larger --resize and another --run first")
     return pictures
+
+
+def is_whole(path):
+    return path.is_file() and path.stat().st_size > 0
 
 
 def val_crops(run, crop, count):
@@ -147,11 +153,27 @@ def val_crops(run, crop, count):
     return torch.stack([center_crop(Image.open(p["file"]), crop) for p in pictures])
 
 
-def find_pictures(folder):
-    """Paths of all pictures in a folder and below."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+def find_pictures(folder, *but):
+    """Paths of all pictures below a folder, each folder once, behind links too; not below `but`."""
+    paths = []
+    others = collections.Counter()
+    seen = {os.path.realpath(path) for path in but}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        # Without what systems leave there: .Trash, ._name, @eaDir.
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "@", "__MACOSX")))
+        for path in (Path(root, name) for name in sorted(files) if name[0] != "."):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                paths.append(path)
+            elif path.suffix.lower() not in (".txt", ".json"):
+                others[path.suffix] += 1
+    if others:
+        print(f"left out by their suffixes: {dict(others)}")
     if not paths:
-        fail(f"{folder}: no pictures there ({' '.join(sorted(SUFFIXES))})")
+        fail(f"{folder}: no pictures there")
     return paths
 
 
@@ -183,17 +205,18 @@ def prepare(source, s, val_below):
         file_name = f"{digits[:2]}/{digits}.webp"  # 256 folders, so that millions can be listed
         stored = Path(s.run, "data", split, file_name)
         line = {"file_name": file_name, "text": caption}
-        if stored.exists() and stored.stat().st_size:
+        if is_whole(stored):
             return split, line
         im = draw_scene(s.seed, source, split, s.min_side) if scene else open_picture(source)
         if min(im.size) < s.min_side:
             raise ValueError(f"{im.width}x{im.height}: the shorter side is below {s.min_side}")
         im = resize_shorter(im, s.resize, s.interpolation)
-        if max(im.size) > 16383:
-            raise ValueError(f"{im.width}x{im.height} is too long for WebP")
     except Exception as error:  # one bad file of a million stops nothing
+        # But not a disk that is full or gone.
+        if getattr(error, "errno", None) not in (None, errno.EACCES, errno.EINVAL):
+            raise
         return "rejected", {"source": str(source), "reason": f"{type(error).__name__}: {error}"}
-    # Lossless, smaller than PNG, written in half the time. A full disk ends the run.
+    # Lossless, smaller than PNG, written in half the time.
     write_aside(stored, lambda f: im.save(f, "WEBP", lossless=True, quality=0, method=0))
     return split, line
 
@@ -201,11 +224,14 @@ def prepare(source, s, val_below):
 def open_picture(path):
     """A PIL picture: sRGB, upright, transparency over white. Raises what Pillow raises."""
     # not in the paper: all of this
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # large ones are sound
     im = Image.open(path, formats=FORMATS)
     if im.mode[0] in "IF":  # Pillow would clip it, and does not say what white is
         raise ValueError(f"more than 8 bits per value (mode {im.mode}): convert it first")
     profile = im.info.get("icc_profile")
-    im = ImageOps.exif_transpose(im)
+    im.load()
+    with contextlib.suppress(Exception):  # broken EXIF: many kinds
+        im = im.transpose(UPRIGHT[im.getexif()[ExifTags.Base.Orientation]])
     if im.has_transparency_data:
         im = im.convert("RGBA")
     elif im.mode == "P":
@@ -222,15 +248,23 @@ def open_picture(path):
 
 def read_caption(path):
     """(caption or "", aesthetic score or None) from the .txt and .json beside a picture."""
-    meta = {}
-    if path.with_suffix(".json").is_file():
-        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8-sig"))
-    caption = meta.get("caption")
-    if path.with_suffix(".txt").is_file():
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace")
+    meta = json.loads(read_beside(path, ".json") or "{}")
+    if not isinstance(meta, dict):
+        meta = {}
+    caption = read_beside(path, ".txt") or meta.get("caption")
     scores = [value for key, value in meta.items()
               if key.lower().startswith("aesthetic") and type(value) in (int, float)]
     return caption.strip() if isinstance(caption, str) else "", scores[0] if scores else None
+
+
+def read_beside(path, suffix):
+    """The text in the file beside a picture that ends in `suffix`, or "": UTF-8, or UTF-16."""
+    for name in (path.with_suffix(suffix), path.with_suffix(suffix.upper())):
+        if name.is_file():
+            content = name.read_bytes()
+            wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+            return content.decode("utf-16" if wide else "utf-8-sig", "replace").replace("\0", "")
+    return ""
 
 
 # ---- scenes, for trying things out without a download
@@ -302,39 +336,39 @@ def draw_figure(shape, width, height, x, y, radius, turn):
 # ---- main
 
 def main(s):
-    if s.dry_run:
-        return show(s)
     if not 0 < s.resize <= s.min_side:
         fail(f"--resize {s.resize} must lie between 1 and --min-side {s.min_side} (Sec. 5.1)")
-    sources = list(range(s.count))
+    sources = range(s.count)
     if s.images != "synthetic":
-        sources = [p for p in find_pictures(s.images) if Path(s.run, "data") not in p.parents]
-    if not sources:
-        fail(f"--images {s.images}, --count {s.count}: nothing to do")
+        sources = find_pictures(s.images, Path(s.run, "data"))
     # Of a small folder five pictures, or a quarter.
     numbers = sorted(name_number(source, s) for source in sources)
     val_below = max(s.val_share, numbers[min(5, len(numbers) // 4)])
     lists = {"train": [], "val": [], "rejected": []}
-    # Its processes call prepare() on one source at a time.
+    # Its processes prepare one source at a time.
     work = functools.partial(prepare, s=s, val_below=val_below)
     loader = DataLoader(sources, batch_size=None, collate_fn=work,
                         num_workers=min(s.workers, os.cpu_count()))
-    for name, line in tqdm(loader, unit="picture"):
-        lists[name].append(json.dumps(line, ensure_ascii=False) + "\n")
     folder = Path(s.run, "data")
-    write_text(folder / "rejected.jsonl", "".join(lists["rejected"]))
-    print(f"{folder}: " + ", ".join(f"{name} {len(lines)}" for name, lines in lists.items()))
-    if not lists["train"] or not lists["val"]:
-        fail("train or val is empty (see rejected.jsonl): give more pictures")
-    for split in ("train", "val"):
-        write_text(folder / split / "metadata.jsonl", "".join(sorted(lists[split])))
+    with alone(folder / "rejected.jsonl"):
+        try:
+            for name, line in tqdm(loader, unit="picture"):
+                lists[name].append(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            fail(f"{str(error).splitlines()[-1]}; the same command goes on from here")
+        write_text(folder / "rejected.jsonl", "".join(lists["rejected"]))
+        print(f"{folder}: " + ", ".join(f"{name} {len(lines)}" for name, lines in lists.items()))
+        if not lists["train"] or not lists["val"]:
+            fail("train or val is empty (see rejected.jsonl): give more pictures")
+        for split in ("train", "val"):
+            write_text(folder / split / "metadata.jsonl", "".join(sorted(lists[split])))
 
 
 # ==== the shelf
-# What all stages use: skip it on a first reading.
+# Skip it on a first reading.
 
 def fail(sentence):
-    """Bad input: one sentence on stderr, exit code 2, no traceback."""
+    """Bad input: one sentence on stderr, exit code 2."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)  # beside a bar, too
     raise SystemExit(2)
 
@@ -346,6 +380,23 @@ def needs(what):
         yield
     except Exception as error:  # no package, no network, half a file: many kinds
         fail(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+
+MAY_BE_ZERO = {"seed", "workers", "warmup", "pictures", "attention_levels", "refiner_blocks"}
+
+
+def start(main, Settings, presets, doc):
+    """main(settings), with the settings of the command line."""
+    try:
+        main(parse_cli(Settings, presets, doc))
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        fail("out of memory: train with --accumulate 2 (4, ...), measure at a smaller --size")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_cli(Settings, presets, doc, argv=None):
@@ -366,9 +417,14 @@ def parse_cli(Settings, presets, doc, argv=None):
         elif typing.get_origin(field.type) is typing.Literal:
             options = {"choices": typing.get_args(field.type)}
         note = f"{notes.get(field.name, '')} [{field.default}]".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), help=note,
+        parser.add_argument(flag(field.name), help=note,
                             default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            zero = type(number) is float or name in MAY_BE_ZERO
+            if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and zero):
+                fail(f"{flag(name)} {number} is out of range")
     preset = given.pop("preset")
     values = {"run": f"runs/{preset}"} | presets[preset] | given
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -379,8 +435,15 @@ def pick(cls, s):
     return cls(**{field.name: getattr(s, field.name) for field in dataclasses.fields(cls)})
 
 
-def show(s, **parameters):  # for --dry-run
-    print(json.dumps(asdict(s) | {"parameters": parameters}, indent=1))
+@contextlib.contextmanager
+def alone(path):
+    """Around the making of `path`: only one process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
+    except filelock.Timeout:
+        fail(f"another process makes {path}")
 
 
 def write_aside(path, write):
@@ -396,104 +459,42 @@ def write_text(path, text):  # "replace": a caption may hold half a character
     write_aside(path, lambda f: f.write(text.encode("utf-8", "replace")))
 
 
-def read_checkpoint(path, remedy):
-    """The dict in a checkpoint, ours or others'; stops with the remedy where there is none."""
-    if not Path(path).is_file():
-        fail(f"{path} is missing: {remedy}")
-    with open(path, "rb") as f:
-        safetensors = f.read(9)[8:] == b"{"  # it begins with a length, then JSON
-    if safetensors:
-        with needs(f"{path} must be whole, and needs pip install safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-    with needs(f"{path} cannot be read as weights: {remedy}"):
-        # Lightning leaves classes beside weights: all but tensors and the like become Stubs.
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Stub, name) for name in unknown]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class Stub(dict):
-    """In place of any class in others' checkpoints: none of theirs is ever run."""
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
-    def __init__(self, *args):
-        super().__init__()
-
-    def __setstate__(self, state):
-        pass
-
-
 def file_hash(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# ---- shelf: device and processes
+# ---- shelf: device and seeds
 
 def pick_device(s):
-    """The device, after setting seed and precision. Under torchrun each process has its own GPU."""
+    """The device, after setting seed and precision."""
     torch.manual_seed(s.seed)
     exact = getattr(s, "precision", "fp32") == "fp32"
     torch.backends.cudnn.allow_tf32 = not exact
     torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.backends.cudnn.benchmark = True  # crops have one size
-    name = s.device
-    if name == "auto" and torch.accelerator.is_available():
-        name = str(torch.accelerator.current_accelerator())
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(name)
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if name.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    return torch.device("cpu" if name == "auto" else name)
-
-
-def processes():
-    """This process's number, and how many there are: (0, 1) without torchrun."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def average(tensors):
-    """Make each tensor its mean over processes; in one order, so that rounding repeats."""
-    if dist.is_initialized():
-        for v in tensors:
-            dist.all_reduce(v)
-            v /= dist.get_world_size()
-
-
-def part_size(s):
-    """Pictures that a process has in memory at once: its share of a batch, cut into parts."""
-    size, rest = divmod(s.batch, processes()[1] * s.accumulate)
-    if size < 1 or rest:
-        fail(f"--batch {s.batch} must be a multiple of {processes()[1]} processes times "
-             f"--accumulate {s.accumulate}")
-    return size
+    if s.device == "auto" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu" if s.device == "auto" else s.device)
 
 
 def seed_step(s, stage, step):
-    """Make all that is drawn in a step a function of (stage, seed, step, process)."""
-    key = f"{stage}/{s.seed}/{step}/{processes()[0]}"
-    torch.manual_seed(random.Random(key).getrandbits(32))
+    """Make all that a step draws a function of (stage, seed, step)."""
+    torch.manual_seed(random.Random(f"{stage}/{s.seed}/{step}").getrandbits(32))
 
 
 # ---- shelf: saving, resuming and stopping
 
 # What may change when a run goes on: where it runs, how one looks at it, ways out of a NaN.
-FREE = {"run", "device", "workers", "dry_run", "compile", "accumulate", "precision", "lr", "clip",
+FREE = {"run", "device", "workers", "compile", "accumulate", "precision", "lr", "clip",
         "muon_lr", "clip_norm", "log_every", "val_every", "val_pictures", "val_prompts", "vae",
         "qwen", "clip_score", "sample", "sample_steps", "guidance", "shift"}
 
 
 def save(path, state, s, step, milestone, **about):
-    """Write a checkpoint at a milestone, or if a signal asked to stop, and then stop. Only the
-    first process does; the others end with it. state: {name: module or optimizer}; about: what
-    else a reader of the file needs."""
-    if processes()[0] > 0 or not (milestone or INTERRUPTS):
+    """Write a checkpoint at a milestone, or if a signal asked to stop, and then stop.
+    state: {name: module or optimizer}; about: what else a reader of the file needs."""
+    if not (milestone or INTERRUPTS):
         return
     if not all(weights.isfinite().all() for weights in state["model"].parameters()):
         fail(f"step {step}: weights are not finite; {NOT_FINITE}")
@@ -513,12 +514,12 @@ def resume(path, state, s, stage, parent=""):
     contradict it, and another `parent`."""
     step = 0
     if path.exists():
-        checkpoint = read_checkpoint(path, "remove it, or take another --run")
+        with needs(f"{path} cannot be read: remove it, or take another --run"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, now in asdict(s).items():
             before = checkpoint["settings"].get(name)
             if now != before and name not in FREE and (name != "steps" or s.lr_decay > 0):
-                fail(f"{path} was begun with --{name.replace('_', '-')} {before}, not {now}: keep "
-                     "the old value, or take another --run")
+                fail(f"{path} was begun with {flag(name)} {before}: keep it, or take another --run")
         if checkpoint["parent"] != parent:
             fail(f"what {path} was begun from has changed: take another --run, or remove it")
         with needs(f"{path} does not fit these settings: keep its own"):
@@ -526,7 +527,7 @@ def resume(path, state, s, stage, parent=""):
                 module.load_state_dict(checkpoint[name])
         step = checkpoint["step"]
         print(f"{path} goes on after step {step} of {s.steps}")
-    if processes()[0] == 0 and Path(s.run, "log.jsonl").exists():
+    if Path(s.run, "log.jsonl").exists():
         # Less what came after the checkpoint, or those steps would stand there twice.
         lines = [line for line in read_log(s.run) if line["stage"] != stage or line["step"] <= step]
         write_text(Path(s.run, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
@@ -549,21 +550,12 @@ def listen():
 
 # ---- shelf: logs, curves, sheets
 
-def gather(terms, step):
-    """0-d tensors as numbers, means over processes; stops where one is not finite."""
-    values = torch.stack([value.detach().float() for value in terms.values()])
-    average([values])
-    numbers = dict(zip(terms, values.tolist()))
+def log(run, stage, step, terms, bar):
+    """One line on the screen, one in RUN/log.jsonl; RUN/curve.png. Stops at what is not finite."""
+    numbers = {name: float(value) for name, value in terms.items()}
     for name, number in numbers.items():
         if not math.isfinite(number):
             fail(f"step {step}: {name} is not finite; {NOT_FINITE}")
-    return numbers
-
-
-def log(run, stage, step, numbers, bar):
-    """One line on the screen, one in RUN/log.jsonl; RUN/curve.png. In the first process."""
-    if processes()[0] > 0:
-        return
     bar.write(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
     with open(Path(run, "log.jsonl"), "a") as f:
         f.write(json.dumps(dict(stage=stage, step=step) | numbers) + "\n")
@@ -577,8 +569,7 @@ def read_log(run):
 
 
 def draw_curves(run):
-    """RUN/curve.png: each quantity in the log over its stage's steps, from its least to its
-    largest value."""
+    """RUN/curve.png: each quantity in the log over its stage's steps, from least to largest."""
     curves = collections.defaultdict(list)
     for line in read_log(run):
         for name in line.keys() - {"stage", "step"}:
@@ -623,4 +614,4 @@ def save_sheet(path, tiles, columns, titles=(), captions=()):
 
 
 if __name__ == "__main__":
-    main(parse_cli(Settings, PRESETS, __doc__))
+    start(main, Settings, PRESETS, __doc__)

@@ -3,8 +3,7 @@
 Reads   nothing; load_vae(path) reads checkpoints of 04 and 05, files with CompVis's names (Flux,
         SD 3, SDXL, SD 1.x), and anything else through diffusers.
 Writes  nothing; prints the network as a table from input to output.
-Paper   Sec. 3.1 (posterior), 3.2, 5.2 (padding, Spatially Conditional Normalization),
-        Fig. 1, 7, 8, Table 2.
+Paper   Sec. 3.1 (posterior), 3.2, 5.2 (padding, normalization), Fig. 1, 7, 8, Table 2.
 
     python 02_model.py --preset paper --size 256
 
@@ -14,6 +13,7 @@ down-sampling factor (8), k latent channels (16).
 import importlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -271,13 +271,47 @@ def count(module):
 
 # ---- checkpoints, ours and others'
 
+def read_checkpoint(path):
+    """The dict in a checkpoint, ours or others'; or stops, and says why."""
+    path = Path(path)
+    if path.is_dir():
+        data.fail(f"{path} is a folder; what diffusers saved is read as diffusers:{path}")
+    if not path.is_file():
+        ours = {"vae.pt": "04_train_vae.py", "dit.pt": "07_train_dit.py"}.get(path.name)
+        data.fail(f"{path} is missing" + (f": run {ours} first" if ours else ""))
+    with open(path, "rb") as f:
+        head = f.read(30)
+    if head.startswith(b"version https://git-lfs"):
+        data.fail(f"{path} is a pointer of Git LFS: git lfs pull fetches the file itself")
+    if head[8:9] == b"{":  # it begins with a length, then JSON
+        with data.needs(f"{path} must be whole, and needs pip install safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+    with data.needs(f"{path} cannot be read as weights"):
+        # Lightning leaves classes beside weights: all but tensors and the like become Stubs.
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Stub, name) for name in unknown]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Stub(dict):
+    """In place of any class in others' checkpoints: none of theirs is ever run."""
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        pass
+
+
 def load_vae(path, device="cpu", adapt=None):
     """A VAE in eval mode: a checkpoint of 04 or 05 (EMA weights), a file with CompVis's names, or
     diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit."""
     if str(path).startswith("diffusers:"):
         return Diffusers(str(path).removeprefix("diffusers:")).to(device).eval()
-    checkpoint = data.read_checkpoint(path, "run 04_train_vae.py first, or give another file")
-    return build_vae(checkpoint, path, adapt).to(device)
+    return build_vae(read_checkpoint(path), path, adapt).to(device)
 
 
 def build_vae(checkpoint, path, adapt=None):
@@ -355,9 +389,6 @@ def main(s):
     with torch.device("meta"):  # shapes without memory
         vae = VAE(architecture(s))
         x = torch.zeros(1, 3, s.size, s.size)
-    if s.dry_run:
-        return data.show(s, encoder=count(vae.encoder), decoder=count(vae.decoder))
-
     names = {module: name for name, module in vae.named_modules()}
 
     def print_row(module, inputs, out):
@@ -372,4 +403,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    main(data.parse_cli(Settings, PRESETS, __doc__))
+    data.start(main, Settings, PRESETS, __doc__)

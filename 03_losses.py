@@ -1,8 +1,7 @@
 """Stage 3 of VIVAT: the four losses and their sum.
 
 Reads   RUN/data/val (01_data.py), a few pictures to damage.
-Writes  RUN/artifacts.png; prints a table: the five artifacts of Sec. 4 at three strengths, and
-        what the losses say about them.
+Writes  RUN/artifacts.png; prints what the losses say about Sec. 4's five at three strengths.
 Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
 
     python 03_losses.py --preset demo
@@ -167,31 +166,17 @@ def discriminator_loss(real, fake, kind="hinge"):
 
 # ---- the whole
 
-def total_loss(kl, recon, adv, perc, lambda_kl, s):  # Eq. 7
-    """s has the other weights of Table 3; lambda_kl stands apart, since it may rise from 0."""
-    return lambda_kl * kl + s.lambda_recon * recon + s.lambda_adv * adv + s.lambda_perc * perc
+def total_loss(kl, recon, adv, perc, s):  # Eq. 7
+    """s has the weights of Table 3."""
+    return s.lambda_kl * kl + s.lambda_recon * recon + s.lambda_adv * adv + s.lambda_perc * perc
 
 
-# ---- a neighbor: other regularizers
+# ---- a neighbor: Variance Expansion, in KL's place
 # Not in VIVAT: pass over it on a first reading.
-
-def regularizer(mu, logvar, z, step, s):
-    """The KL term or its substitute, and its weight at `step` (from 1)."""
-    if s.regularizer == "ve":
-        return variance_expansion(z, logvar), s.lambda_ve
-    lambda_kl = s.lambda_kl * min(1.0, step / max(1, s.kl_warmup))
-    if s.free_bits:
-        return free_bits(mu, logvar, s.free_bits), lambda_kl
-    return kl_loss(mu, logvar), lambda_kl
-
-
-def free_bits(mu, logvar, nats):  # Kingma et al., 2016: max(nats, KL) for each channel
-    return kl_values(mu, logvar).mean((0, 2, 3)).clamp(min=nats).mean()
-
 
 # arXiv 2603.21085; delta is "tiny" there, hold_weight its lambda_2 in units of lambda_1
 def variance_expansion(z, logvar, delta=1e-6, tau=1.0, hold_weight=1e-5):
-    """Both (b, k, h/f, w/f), in FP32; z is the sample. The reconstruction would shrink sigma to 0:
+    """Both (b, k, h/f, w/f), in FP32; z is the sample. Reconstruction would shrink sigma to 0:
     1 / sigma^2 resists. z could also grow to drown the noise: exp(|z| - tau) stops that."""
     expand = 1 / (logvar.exp() + delta)  # Eq. 9
     hold = (z.abs() - tau).clamp(max=30).exp()  # Eq. 10; clamped against overflow
@@ -243,14 +228,11 @@ ARTIFACTS = {"color shift": tint, "grid": grid, "blur": blur, "corner": border, 
 
 @torch.no_grad()
 def main(s):
-    if s.dry_run:
-        return data.show(s)
     device = data.pick_device(s)
     x = from_uint8(data.val_crops(s.run, s.crop, 16).to(device))
     perceptual = Perceptual(s.perceptual_net).to(device)
-    if s.perceptual_net == "untrained":
-        print("perceptual: a distance of features of an untrained AlexNet, not LPIPS")
-    print(f"{'artifact':14}{'strength':>9}{'L2':>12}{'perceptual':>12}{'PSNR, dB':>10}")
+    measure = "LPIPS" if perceptual.trained else "untrained"
+    print(f"{'artifact':14}{'strength':>9}{'L2':>12}{measure:>12}{'PSNR, dB':>10}")
     tiles = []
     for name, artifact in ARTIFACTS.items():
         tiles.append(to_uint8(x[0]))
@@ -263,4 +245,4 @@ def main(s):
 
 
 if __name__ == "__main__":
-    main(data.parse_cli(Settings, PRESETS, __doc__))
+    data.start(main, Settings, PRESETS, __doc__)

@@ -6,10 +6,9 @@ Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reco
 Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 
     python 04_train_vae.py --preset small --run runs/mine
-    torchrun --nproc-per-node 8 -- 04_train_vae.py --preset paper --run runs/paper
 
 The same command again goes on where the last one stopped, on a CPU bit for bit: all that is random
-is a function of (stage, seed, step, process).
+is a function of (stage, seed, step).
 """
 import collections
 import copy
@@ -37,10 +36,8 @@ class Training(data.TrainingRun):
     lambda_recon: float = 1.0   # Table 3
     lambda_adv: float = 0.01    # Table 3; Sec. 5.2, grid: lower is the cure
     lambda_perc: float = 0.1    # Table 3
-    regularizer: Literal["kl", "ve"] = "kl"  # not in VIVAT: ve is Variance Expansion for KL
-    lambda_ve: float = 0.1 / 12  # its paper's 0.1 between sums, times J / N (head of 03)
-    kl_warmup: int = 0          # not in VIVAT: steps in which lambda_kl rises from 0
-    free_bits: float = 0.0      # not in VIVAT: free nats per latent value, for each channel
+    # Its paper's 0.1 between sums, times J / N (head of 03), is 0.0083.
+    lambda_ve: float = 0.0      # not in VIVAT: Variance Expansion, see 03; with --lambda-kl 0
     # Eq. 5 as printed is "log", see adversarial_loss
     gan_loss: Literal["hinge", "log"] = "hinge"  # not in the paper: the base code has hinge
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's choice
@@ -51,7 +48,7 @@ class Training(data.TrainingRun):
     # bf16: the VAE alone under autocast; weights and losses stay FP32, on a GPU with TF32 products
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
     steps: int = 1_000_000      # not in the paper: MoVQGAN took 1.3 to 2.4 million
-    batch: int = 64             # not in the paper: over all processes; MoVQGAN 8 to 20 per GPU
+    batch: int = 64             # not in the paper: MoVQGAN took 8 to 20 on each GPU
     beta1: float = 0.5          # not in the paper: MoVQGAN; low: its target moves
     beta2: float = 0.9          # not in the paper: Adam as in MoVQGAN
     warmup: int = 0             # not in the paper: steps in which rates rise from 0
@@ -75,7 +72,7 @@ PRESETS = {"paper": {}, "small": model.PRESETS["small"] | SMALL | dict(steps=60_
 
 # ---- one step of both players
 
-def compute_losses(x, vae, disc, perceptual, step, s):
+def compute_losses(x, vae, disc, perceptual, s):
     """Of pictures x (b, 3, crop, crop): what the VAE minimizes (Eq. 7), what the discriminator
     minimizes, and for the log the terms before their weights."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
@@ -84,11 +81,13 @@ def compute_losses(x, vae, disc, perceptual, step, s):
     fake = disc(x_hat)
     disc_loss = losses.discriminator_loss(real, fake, s.gan_loss)
 
-    kl, lambda_kl = losses.regularizer(mu, logvar, z, step, s)  # Eq. 3 and Table 3
+    kl = losses.kl_loss(mu, logvar)  # Eq. 3
     recon = losses.recon_loss(x, x_hat)  # Eq. 4
     adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
     perc = perceptual(x, x_hat)  # Eq. 6
-    vae_loss = losses.total_loss(kl, recon, adv, perc, lambda_kl, s)  # Eq. 7
+    vae_loss = losses.total_loss(kl, recon, adv, perc, s)  # Eq. 7
+    if s.lambda_ve > 0:
+        vae_loss = vae_loss + s.lambda_ve * losses.variance_expansion(z, logvar)
     return vae_loss, disc_loss, dict(total=vae_loss, kl=kl, recon=recon, adv=adv, perc=perc,
                                      disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
@@ -99,12 +98,10 @@ def add_gradients(vae_loss, disc_loss, vae_weights, disc_weights):
     not in the paper: both players use one x_hat, judged once, which saves the usual second run of
     both networks. So both losses hang on one graph, which leads from `fake` through the
     discriminator into the VAE, and each backward pass must be kept from the other's weights:
-    - `inputs=` names the weights that get gradients. The discriminator's loss thus stops short of
-      the VAE, as if x_hat were detached; the VAE's loss runs through the discriminator and leaves
-      no gradient on its weights, as if requires_grad_(False) had frozen them.
+    - `inputs=` names the weights that get gradients. The discriminator's loss stops short of the
+      VAE, as if x_hat were detached; the VAE's loss leaves none on the discriminator's weights.
     - `retain_graph=True` keeps the shared part, disc(x_hat), which the first pass would free.
-    Both gradients are of the weights before this step, in either order: no optimizer moves before
-    both are there.
+    No optimizer moves before both gradients are there.
     """
     disc_loss.backward(inputs=disc_weights, retain_graph=True)
     vae_loss.backward(inputs=vae_weights)
@@ -135,22 +132,19 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
     forward = torch.compile(vae) if s.compile else vae
 
     loader = load_crops(s, stage, step, vae)
-    rank, _ = data.processes()
     val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures)).to(device)
-    bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step",
-               disable=rank > 0)
+    bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step")
     for step in bar:
         data.seed_step(s, stage, step)
         terms = collections.defaultdict(float)  # means over the parts of a batch
         for _ in range(s.accumulate):
             x = losses.from_uint8(next(loader).to(device, memory_format=torch.channels_last))
-            vae_loss, disc_loss, logged = compute(x, forward, disc, perceptual, step, s)
+            vae_loss, disc_loss, logged = compute(x, forward, disc, perceptual, s)
             add_gradients(vae_loss / s.accumulate, disc_loss / s.accumulate, vae_weights,
                           disc_weights)  # Table 2: the discriminator plays from step 0
             for name in logged:
                 terms[name] += logged[name].detach() / s.accumulate
             del vae_loss, disc_loss, logged  # and with them the graph, before the next one
-        data.average(w.grad for w in vae_weights + disc_weights)
         terms["grad_vae"] = torch.nn.utils.clip_grad_norm_(vae_weights, s.clip_norm)
         terms["grad_disc"] = torch.nn.utils.clip_grad_norm_(disc_weights, s.clip_norm)
         update(optimizers, rate_factor(step, s))
@@ -158,26 +152,28 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
 
         milestone = step % s.val_every == 0 or step == s.steps
         if milestone or step % s.log_every == 0:
-            numbers = data.gather(terms, step)
-            if milestone and rank == 0:
-                numbers |= validate(ema, val, perceptual, s)
-            data.log(s.run, stage, step, numbers, bar)
+            if milestone:
+                terms |= validate(ema, val, perceptual, s)
+            data.log(s.run, stage, step, terms, bar)
         data.save(out, state, s, step, milestone, parent=parent,
                   architecture=asdict(vae.architecture))
 
 
 def load_crops(s, stage, step, vae):
-    """An iterator over parts of batches after `step`, uint8 (b, 3, crop, crop). Crops are numbered
-    on over all steps; each process takes every world-th."""
+    """Parts of batches after `step`, uint8 (b, 3, crop, crop). Crops are numbered over steps."""
     if s.crop % vae.multiple:
         data.fail(f"--crop {s.crop} must be a multiple of {vae.multiple}")
-    if s.free_bits and data.part_size(s) < s.batch:
-        data.fail("--free-bits looks at a whole batch: one process, and --accumulate 1")
     crops = data.Crops(s.run, s.crop, stage, s.seed)
-    rank, world = data.processes()
-    numbers = range(step * s.batch + rank, s.steps * s.batch, world)
+    numbers = range(step * s.batch, s.steps * s.batch)
     data.listen()
-    return iter(DataLoader(crops, data.part_size(s), sampler=numbers, num_workers=s.workers))
+    return iter(DataLoader(crops, part_size(s), sampler=numbers, num_workers=s.workers))
+
+
+def part_size(s):
+    """Pictures that are in memory at once: a batch is cut into parts."""
+    if s.batch % s.accumulate:
+        data.fail(f"--batch {s.batch} must be a multiple of --accumulate {s.accumulate}")
+    return s.batch // s.accumulate
 
 
 def update(optimizers, factor):
@@ -259,7 +255,7 @@ def validate(ema, x, perceptual, s):
     psnr = 0.0
     perc = 0.0
     shown = []
-    for part in x.split(data.part_size(s)):
+    for part in x.split(part_size(s)):
         x_hat = ema.decode(ema.encode(part).mu)
         psnr += losses.psnr(part, x_hat).sum().item() / len(x)
         perc += perceptual(part, x_hat).item() * len(part) / len(x)
@@ -272,16 +268,13 @@ def validate(ema, x, perceptual, s):
 # ---- main
 
 def main(s):
-    if s.dry_run:
-        with torch.device("meta"):
-            vae = model.VAE(model.architecture(s))
-            disc = losses.Discriminator(s.disc_width)
-        return data.show(s, vae=model.count(vae), discriminator=model.count(disc))
     device = data.pick_device(s)
     vae = model.VAE(model.architecture(s)).to(device)
     disc = losses.Discriminator(s.disc_width).to(device)
-    train(s, "04_train_vae", Path(s.run, "vae.pt"), vae, disc)
+    out = Path(s.run, "vae.pt")
+    with data.alone(out):
+        train(s, "04_train_vae", out, vae, disc)
 
 
 if __name__ == "__main__":
-    main(data.parse_cli(Settings, PRESETS, __doc__))
+    data.start(main, Settings, PRESETS, __doc__)

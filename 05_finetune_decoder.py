@@ -1,8 +1,7 @@
 """Stage 5 of VIVAT: freeze the encoder, train the decoder further.
 
-Reads   RUN/vae.pt (04_train_vae.py), or with --vae any file that 02's load_vae reads;
-        RUN/data (01_data.py).
-Writes  RUN/vae_finetuned.pt, or with --decoder denoising RUN/vae_denoising.pt;
+Reads   RUN/data; RUN/vae.pt (04_train_vae.py), or with --vae any file that load_vae reads.
+Writes  RUN/vae_finetuned.pt, or with --denoising RUN/vae_denoising.pt;
         RUN/reconstructions.png, RUN/log.jsonl, RUN/curve.png.
 Paper   Sec. 5.3; Sec. 5.2 names it as a cure of the color shift.
 
@@ -36,12 +35,12 @@ class Settings(training.Training):
     """Those of 04; the architecture is that of the file."""
     steps: int = 1_000_000  # not in the paper: as long as 04; Sec. 5.3 cites a longer stage
     vae: str = ""           # the file to start from [RUN/vae.pt]
-    decoder: Literal["plain", "denoising"] = "plain"  # not in VIVAT: denoising, see "a neighbor"
-    unet: Literal["B", "M", "L", "XL", "H", "demo"] = "B"  # 20 to 356 M parameters, demo 2 M
+    # "a neighbor" below; 20 to 356 M parameters, demo 2 M
+    denoising: Literal["no", "demo", "B", "M", "L", "XL", "H"] = "no"  # not in VIVAT
 
 
 PRESETS = {"paper": {}, "small": training.SMALL | dict(steps=30_000),
-           "demo": training.DEMO | dict(muon_lr=2e-3, unet="demo", steps=240, val_every=120)}
+           "demo": training.DEMO | dict(muon_lr=2e-3, steps=240, val_every=120)}
 
 
 # ---- the method: frozen latents
@@ -55,8 +54,8 @@ def freeze_encoder(vae):
 # ---- a neighbor: a decoder that denoises
 # Not in VIVAT: pass over it on a first reading. From eps-VAE (arXiv 2410.04081, "E" here), which
 # trains the encoder along with it; here that stays as it is. With the numbers of E, C.2:
-#     python 05_finetune_decoder.py --decoder denoising --lambda-perc 0.5 --lambda-adv 0.5
-#         --beta1 0 --beta2 0.999 --ema-decay 0.999 --warmup 5000
+#     python 05_finetune_decoder.py --preset small --denoising B --lambda-perc 0.5
+#         --lambda-adv 0.5 --beta1 0 --beta2 0.999 --ema-decay 0.999 --warmup 5000
 
 UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention
     "B": (64, (1, 1, 2, 2, 4), 2, (3,)),
@@ -122,9 +121,9 @@ class DenoisingDecoder(nn.Module):
     level, `up` doubles them again; each block of `up` that does not resize is handed what a block
     of `down` made, the last one first.
     """
-    def __init__(self, a, unet):
+    def __init__(self, a, size):
         super().__init__()
-        width, mult, blocks, attention = UNETS[unet]
+        width, mult, blocks, attention = UNETS[size]
         # not in E: zeros as in ADM; reflect is 1.2 dB worse
         a = replace(a, groups=math.gcd(32, width), padding="zeros")
         self.factor = 2 ** (len(a.width_mult) - 1)
@@ -208,7 +207,7 @@ class PairDiscriminator(losses.Discriminator):
         return x  # (b, 1, h', w')
 
 
-def denoising_losses(x, vae, disc, perceptual, step, s):
+def denoising_losses(x, vae, disc, perceptual, s):
     """As 04's compute_losses. What is judged is the picture that one step from x_t arrives at."""
     eps = torch.randn_like(x)
     t = torch.sigmoid(torch.randn(len(x), 1, 1, 1, device=x.device))  # E: logit-normal
@@ -231,22 +230,23 @@ def denoising_losses(x, vae, disc, perceptual, step, s):
     recon = (v - (eps - y)).square().mean()  # E, Eq. 9
     adv = F.softplus(-fake).mean()  # E, Eq. 12 for the decoder, non-saturating: -log D
     perc = perceptual(x, x_hat)
-    vae_loss = losses.total_loss(0.0, recon, adv, perc, 0.0, s)
+    vae_loss = losses.total_loss(0.0, recon, adv, perc, s)
     return vae_loss, disc_loss, dict(total=vae_loss, recon=recon, adv=adv, perc=perc, r1=r1,
                                      disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
 
 
-def give_denoising_decoder(vae, unet):
+def give_denoising_decoder(vae, size):
     vae.post_quant_conv = nn.Identity()  # it belongs to the old decoder
-    vae.decoder = DenoisingDecoder(vae.architecture, unet)
+    vae.decoder = DenoisingDecoder(vae.architecture, size)
     vae.multiple = vae.decoder.multiple
 
 
 def load_vae(path, device="cpu"):
     """02's load_vae for both decoders; for 06 and 07."""
     def adapt(vae, checkpoint):
-        if checkpoint.get("settings", {}).get("decoder") == "denoising":
-            give_denoising_decoder(vae, checkpoint["settings"]["unet"])
+        size = checkpoint.get("settings", {}).get("denoising", "no")
+        if size != "no":
+            give_denoising_decoder(vae, size)
 
     return model.load_vae(path, device, adapt)
 
@@ -255,39 +255,40 @@ def load_vae(path, device="cpu"):
 
 def refuse_idle_flags(s):
     """Stop where a flag would change nothing: no preset of this stage sets these."""
-    idle = ["lambda_kl", "regularizer", "lambda_ve", "kl_warmup", "free_bits"]
-    if s.decoder == "denoising":
-        idle += ["gan_loss", "compile"]
-    for name in idle:
+    denoising = [] if s.denoising == "no" else ["gan_loss", "compile"]
+    for name in ["lambda_kl", "lambda_ve", *denoising]:
         if getattr(s, name) != getattr(Settings, name):
-            data.fail(f"--{name.replace('_', '-')} changes nothing for a {s.decoder} decoder")
+            data.fail(f"{data.flag(name)} changes nothing here")
 
 
 def main(s):
     refuse_idle_flags(s)
+    device = data.pick_device(s)
     source = Path(s.vae or Path(s.run, "vae.pt"))
-    checkpoint = data.read_checkpoint(source, "run 04_train_vae.py first, or give --vae a file")
+    checkpoint = model.read_checkpoint(source)
     # not in the paper: it starts from the EMA weights, which are what 04 is for
     vae = model.build_vae(checkpoint, source)
     freeze_encoder(vae)
-    torch.manual_seed(s.seed)  # what is new starts alike in all processes
-    if s.decoder == "denoising":
-        give_denoising_decoder(vae, s.unet)
-        disc = PairDiscriminator(s.disc_width)
-        stage, name, compute = "05_denoising_decoder", "vae_denoising.pt", denoising_losses
-    else:
+    if s.denoising == "no":
         disc = losses.Discriminator(s.disc_width)
         stage, name, compute = "05_finetune_decoder", "vae_finetuned.pt", training.compute_losses
         if "disc" in checkpoint:  # not in the paper: ours goes on; others' files have none
             with data.needs(f"{source} has a discriminator of another --disc-width"):
                 disc.load_state_dict(checkpoint["disc"])
-    if s.dry_run:
-        return data.show(s, vae=model.count(vae), discriminator=model.count(disc))
+            for flag in ("lambda_recon", "lambda_adv", "lambda_perc", "gan_loss", "perceptual_net"):
+                before = checkpoint["settings"][flag]
+                if before != getattr(s, flag):
+                    print(f"{source} had {data.flag(flag)} {before}, not {getattr(s, flag)}")
+    else:
+        give_denoising_decoder(vae, s.denoising)
+        disc = PairDiscriminator(s.disc_width)
+        stage, name, compute = "05_denoising_decoder", "vae_denoising.pt", denoising_losses
     print(f"from {source}, step {checkpoint.get('step', 'unknown')}")
-    device = data.pick_device(s)
-    training.train(s, stage, Path(s.run, name), vae.to(device), disc.to(device), compute,
-                   parent=data.file_hash(source), fresh=s.decoder == "denoising")
+    out = Path(s.run, name)
+    with data.alone(out):
+        training.train(s, stage, out, vae.to(device), disc.to(device), compute,
+                       parent=data.file_hash(source), fresh=s.denoising != "no")
 
 
 if __name__ == "__main__":
-    main(data.parse_cli(Settings, PRESETS, __doc__))
+    data.start(main, Settings, PRESETS, __doc__)

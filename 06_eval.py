@@ -3,13 +3,13 @@
 Reads   the run's own autoencoders, or with --vae any that load_vae reads (FILE,
         diffusers:FOLDER_OR_ID[@SUBFOLDER]), jit:FILE, TorchScript from pictures to pictures
         (Cosmos), and yardsticks, bicubic:8 and jpeg:75. Pictures from --images, else RUN/data/val.
-Writes  RUN/eval.md, RUN/eval.json, RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3),
-        RUN/latents.png (interpolations).
+Writes  RUN/eval.md and RUN/eval.json, where rows of other models, pictures and sizes stay;
+        RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
 
     python 06_eval.py --preset imagenet256 --images /data/imagenet/val --vae vae.pt ae.safetensors
 
-One picture at a time: no result depends on a batch size, and memory does not grow.
+One picture at a time, so no result depends on a batch size.
 """
 import collections
 import functools
@@ -55,21 +55,22 @@ PRESETS = {"paper": {}, "imagenet256": {}, "imagenet512": dict(size=512),  # Tab
 # ---- similarity (Sec. 6.2)
 
 def ssim(x, y):
-    """Structural similarity of pictures (b, 3, h, w) in 0..255, mean over positions and channels:
-    (b,)."""
+    """Structural similarity of pictures (b, 3, h, w) in 0..255, a mean over values: (b,)."""
     # not in the paper: a Gaussian window of deviation 1.5, 11 x 11, as in the SSIM paper; on RGB
-    window = torch.signal.windows.gaussian(11, std=1.5, dtype=torch.float64)
+    window = torch.signal.windows.gaussian(11, std=1.5).to(x.device)
     window = (window / window.sum()).expand(3, 1, 1, 11)
 
     def mean(v):
         return F.conv2d(F.conv2d(v, window, groups=3), window.mT, groups=3)
 
-    x = x.cpu().double()  # in float32 the variances would cancel; MPS has no float64
-    y = y.cpu().double()
+    x = x.float() - 128  # around 0 the variances do not cancel in float32
+    y = y.float() - 128
     mean_x, mean_y, xx, yy, xy = mean(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
     var_x = xx - mean_x ** 2
     var_y = yy - mean_y ** 2
     cov = xy - mean_x * mean_y
+    mean_x = mean_x + 128
+    mean_y = mean_y + 128
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x ** 2 + mean_y ** 2 + c1)
@@ -119,9 +120,14 @@ def corner(x, y):
 
 
 def droplet(x, y):
-    """Gray levels by which the brightest spot of y stands above all of x near it. 0 is ideal."""
-    shift = (gray(y) - gray(x)).median()  # that all of the picture shares
-    return (gray(y) - shift - F.max_pool2d(gray(x), 19, stride=1, padding=9)).max().clamp(min=0)
+    """Gray levels by which the brightest spot of y, 9 px wide, stands above all of x near it, less
+    five deviations of the error: a droplet is one of its kind. 0 is ideal."""
+    error = gray(y) - gray(x)
+    error = error - error.median()  # that all of the picture shares
+    deviation = F.avg_pool2d(error, 9, stride=1).abs().median() / 0.674  # of a Gaussian
+    excess = gray(x) + error - F.max_pool2d(gray(x), 19, stride=1, padding=9)
+    spot = F.avg_pool2d(excess, 9, stride=1).max()
+    return (spot - 5 * deviation).clamp(min=0)
 
 
 METERS = {"color shift": color_shift, "grid": grid, "blur": blur, "corner": corner,
@@ -173,8 +179,7 @@ def latent_report(vae, pictures):
         variance = variance + sigma2
         # not in the paper: a channel is active above 0.01 nats per value
         report |= {"active": int((kl > 0.01).sum()), "kl": kl.tolist(),
-                   "posterior_variance": sigma2.mean().item(),
-                   "posterior_share": (sigma2 / variance).mean().item()}
+                   "posterior_variance": sigma2.mean().item()}
     std = variance.sqrt().float()[:, None, None]
     generator = torch.Generator().manual_seed(0)
     under_noise = dict.fromkeys((0.0, 0.05, 0.1, 0.2, 0.3, 0.5), 0.0)
@@ -183,8 +188,7 @@ def latent_report(vae, pictures):
             noise = (std * torch.randn(q.mu.shape, generator=generator)).to(x.device)
             psnr = losses.psnr(x, vae.decode(q.mu + strength * noise))
             under_noise[strength] += psnr.item() / len(pictures)
-    return report | {"mean": mu.mean((0, 2, 3)).tolist(), "std": std.flatten().tolist(),
-                     "psnr_under_noise": under_noise}
+    return report | {"std": std.flatten().tolist(), "psnr_under_noise": under_noise}
 
 
 # ---- what can be measured
@@ -227,15 +231,14 @@ def open_model(spec, device):
 # ---- one model, measured
 
 @torch.no_grad()
-def evaluate(spec, s, device, perceptual, paths):
-    """Measure one model. Returns {"row": numbers, "shown": the first three (original,
-    reconstruction)}, and of a VAE "norms" (Fig. 3) and "between", an interpolation."""
-    reconstruct, vae = open_model(spec, device)
+def evaluate(spec, reconstruct, vae, s, device, perceptual, paths):
+    """{"row": numbers, "shown": three (original, reconstruction)}, of a VAE "norms" (Fig. 3)."""
     if s.fid:
         with data.needs("--fid needs pip install torchmetrics torch-fidelity, and Inception"):
             from torchmetrics.image.fid import FrechetInceptionDistance
             # Published figures resize without antialiasing.
             fid = FrechetInceptionDistance(feature=2048, antialias=False).to(device)
+    lpips = f"LPIPS {s.perceptual_net}" if perceptual.trained else "untrained features"
     sums = collections.Counter()
     pictures = []
     shown = []
@@ -255,7 +258,7 @@ def evaluate(spec, s, device, perceptual, paths):
         sums["pictures"] += 1
         sums["psnr"] += losses.psnr(x, x_hat).item()
         sums["ssim"] += ssim(x8, y8).item()
-        sums["lpips"] += perceptual(x, losses.from_uint8(y8)).item()
+        sums[lpips] += perceptual(x, losses.from_uint8(y8)).item()
         for name, meter in METERS.items():
             sums[name] += meter(x8.float(), y8.float()).item()
         if s.fid:
@@ -268,46 +271,42 @@ def evaluate(spec, s, device, perceptual, paths):
     count = sums.pop("pictures", 0)
     if not count:
         data.fail("no picture could be read")
-    row = {"name": spec, "pictures": count} | {name: sums[name] / count for name in sums}
+    row = {"name": spec, "of": f"{count} of {s.images or f'{s.run}/data/val'}, {s.size} px"}
+    row |= {name: sums[name] / count for name in sums}
     if s.fid:
         row["rfid"] = fid.compute().item()
     if vae is None:
         return {"row": row, "shown": shown}
-    ends = [vae.encode(x).mu for x in (pictures[0], pictures[-1])]
-    norms = activation_norms(vae, ends[0])
-    row["activation_max_over_median"] = {layer: v.max().item() for layer, v in norms.items()}
+    norms = activation_norms(vae, vae.encode(pictures[0]).mu)
+    if norms:  # Fig. 3, the largest
+        row["peak"] = max(v.max().item() for v in norms.values())
     row["latents"] = latent_report(vae, pictures)
-    # Seven pictures on the line between the latents of two.
-    between = [losses.to_uint8(vae.decode(torch.lerp(*ends, t / 6)))[0] for t in range(7)]
-    return {"row": row, "shown": shown, "norms": norms, "between": between}
+    return {"row": row, "shown": shown, "norms": norms}
 
 
 # ---- tables and pictures
 
-def table(rows, s):
-    """eval.md: a row per model, how the numbers were made, and what was seen inside."""
-    names = ["psnr", "ssim", "lpips", *METERS] + ["rfid"] * s.fid
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+def table(rows):
+    """eval.md: a row per model and set of pictures, how they were made, what was seen inside."""
+    names = list(dict.fromkeys(k for row in rows for k, v in row.items() if type(v) is float))
+    lines = ["| model | pictures | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for row in rows:
-        numbers = " | ".join(f"{row[name]:.4g}" for name in names)
-        lines.append(f"| {row['name']} | {numbers} |")
-    lines.append(f"""
-Means over {rows[0]['pictures']} pictures from {s.images or f'{s.run}/data/val'}: shorter side
-to {s.size} by antialiased bicubic, the middle. EMA weights where a file has them, the posterior's
-mean, 8 bits. PSNR in dB; LPIPS on {s.perceptual_net} (untrained: not LPIPS). Without artifacts
-color shift and droplet read 0, the others 1.""")
+        numbers = [f"{row[name]:.4g}" if name in row else "" for name in names]
+        lines.append("| " + " | ".join([row["name"], row["of"], *numbers]) + " |")
+    lines.append("""
+Means over pictures: shorter side to the size by antialiased bicubic, the middle. EMA weights where
+a file has them, the posterior's mean, 8 bits. PSNR in dB; untrained features are not LPIPS. Without
+artifacts color shift and droplet read 0, grid, blur and corner 1. peak (Fig. 3): the largest norm
+of activations over a layer's median.""")
     for row in rows:
         if "latents" in row:
             inside = {k: v for k, v in row["latents"].items() if not isinstance(v, list)}
             lines.append(f"\n{row['name']}: {json.dumps(inside)}")
-        peaks = row.get("activation_max_over_median")
-        if peaks:
-            lines.append(f"largest activation norm over the median: {max(peaks.values()):.1f}")
     return "\n".join(lines) + "\n"
 
 
 def draw(run, results):
-    """eval.png: each picture, and its middle magnified; activations.png; latents.png."""
+    """eval.png: each picture, and its middle magnified; activations.png."""
     size = results[0]["shown"][0][0].shape[1]
     zoom = slice(size // 2 - size // 8, size // 2 + size // 8)
     names = [result["row"]["name"][-30:] for result in results]
@@ -326,16 +325,11 @@ def draw(run, results):
             captions.append(f"{name} {layer} max {v.max():.1f}")
     if tiles:
         data.save_sheet(run / "activations.png", tiles, 8, captions=captions)
-    between = [picture for result in results for picture in result.get("between", [])]
-    if between:
-        data.save_sheet(run / "latents.png", between, 7)
 
 
 # ---- main
 
 def main(s):
-    if s.dry_run:
-        return data.show(s)
     if s.size < 64:
         data.fail(f"--size {s.size} must be at least 64: meters look inside a frame of 16 pixels")
     run = Path(s.run)
@@ -347,18 +341,26 @@ def main(s):
         paths = data.find_pictures(s.images)
     else:
         paths = [picture["file"] for picture in data.read_list(s.run, "val", 1)]
+    paths = paths[:s.pictures or None]
+    if s.fid and len(paths) < 2:
+        data.fail("--fid needs more than one picture")
     device = data.pick_device(s)
+    models = [open_model(spec, device) for spec in specs]  # all, before work begins
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
+    rows = {}
+    if Path(run, "eval.json").is_file():
+        rows = json.loads(Path(run, "eval.json").read_text())
     results = []
-    for spec in specs:
-        results.append(evaluate(spec, s, device, perceptual, paths[:s.pictures or None]))
-        rows = [result["row"] for result in results]
+    for spec, (reconstruct, vae) in zip(specs, models):
+        results.append(evaluate(spec, reconstruct, vae, s, device, perceptual, paths))
+        row = results[-1]["row"]
+        rows[f"{row['name']}, {row['of']}"] = row
         # Written after each model, so that nothing measured is lost.
-        data.write_text(run / "eval.json", json.dumps({"settings": vars(s), "rows": rows}))
-        data.write_text(run / "eval.md", table(rows, s))
-    print(table(rows, s))
+        data.write_text(run / "eval.json", json.dumps(rows))
+        data.write_text(run / "eval.md", table(rows.values()))
+    print(table(rows.values()))
     draw(run, results)
 
 
 if __name__ == "__main__":
-    main(data.parse_cli(Settings, PRESETS, __doc__))
+    data.start(main, Settings, PRESETS, __doc__)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -68,7 +67,7 @@ class Settings(data.TrainingRun, Network):
     clip: str = "openai/clip-vit-large-patch14"  # not in the paper: which CLIP; K5's, 768 wide
     size: int = 256            # Sec. 6.3: pictures of 256 x 256
     steps: int = 130_000       # Sec. 6.3
-    batch: int = 1024          # Sec. 6.3; over all processes
+    batch: int = 1024          # Sec. 6.3
     lr: float = 1e-4           # Table 4
     beta1: float = 0.9         # Table 4
     beta2: float = 0.95        # Table 4
@@ -278,16 +277,24 @@ TEMPLATE = ("<|im_start|>system\nYou are a promt engineer. Describe the image by
             "and background:<|im_end|>\n<|im_start|>user\n")
 
 
+def load_whole(kind, name, dtype):
+    """A model of transformers, which would only warn of weights that a file lacks."""
+    net, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    missing = [key for key in report["missing_keys"] if "visual" not in key]
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights: {', '.join(missing[:3])}")
+    return net.eval()
+
+
 class QwenClip:  # not in the paper: which of their states; as in K5
     """Qwen's last hidden states, and CLIP's state at the end of the text. Frozen."""
     def __init__(self, s, device):
-        with data.needs("--text-encoder qwen-clip needs pip install transformers, --qwen and "
-                        "--clip; bytes needs nothing"):
+        with data.needs("qwen-clip needs pip install transformers, --qwen, --clip; bytes none"):
             from transformers import AutoModel, AutoTokenizer, CLIPTextModel
             self.qwen_tokenizer = AutoTokenizer.from_pretrained(s.qwen, padding_side="right")
-            self.qwen = AutoModel.from_pretrained(s.qwen, dtype=torch.bfloat16).to(device).eval()
+            self.qwen = load_whole(AutoModel, s.qwen, torch.bfloat16).to(device)
             self.clip_tokenizer = AutoTokenizer.from_pretrained(s.clip)
-            self.clip = CLIPTextModel.from_pretrained(s.clip).to(device).eval()
+            self.clip = load_whole(CLIPTextModel, s.clip, torch.float32).to(device)
         self.start = len(self.qwen_tokenizer(TEMPLATE).input_ids)
         self.length = s.text_length
         self.device = device
@@ -308,8 +315,7 @@ class QwenClip:  # not in the paper: which of their states; as in K5
 
 # ---- objective and sampler
 # not in the paper: rectified flow; K5. For who never met it:
-# - The line. x_t = (1 - t) x + t noise lies on the straight line from latents x (t = 0) to noise of
-#   the same shape (t = 1). (Some codes count t the other way.)
+# - The line. x_t = (1 - t) x + t noise lies on a straight line from latents x (t = 0) to noise.
 # - Its derivative, the velocity dx_t/dt = noise - x, is the same all along the line. The network
 #   sees x_t, t and the prompt, and is asked for it.
 # - The average. Many lines, between other pictures and other noise, cross at x_t. Of all answers
@@ -381,25 +387,24 @@ def latents_key(s, vae_path, files):
 @torch.no_grad()
 def encode_all(s, vae, key, files, device):
     """Latents of all pictures and their mirror images, float16 (n, 2, k, h, w), in a file mapped
-    into memory. All processes make it together; what is still zero is missing."""
+    into memory. What is still zero is missing."""
     shape = (len(files), 2, *latent_shape(vae, s, device))
     z = torch.from_file(str(Path(s.run, f"latents-{key[:12]}.bin")), shared=True,
                         size=math.prod(shape), dtype=torch.float16).view(shape)
-    rank, world = data.processes()
-    missing = z[rank::world, -1, -1, -1, -1] == 0
-    todo = rank + world * missing.nonzero()[:, 0]
+    todo = (z[:, -1, -1, -1, -1] == 0).nonzero()[:, 0]
     # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
     loader = DataLoader(files, batch_size=None, sampler=todo, num_workers=s.workers,
                         collate_fn=functools.partial(data.read_square, size=s.size))
-    for i, x in zip(todo, tqdm(loader, desc="latents", disable=rank > 0)):
+    for i, x in zip(todo, tqdm(loader, desc="latents")):
         if isinstance(x, str):
             data.fail(f"{x}: run 01_data.py again")
         torch.manual_seed(1_000_000_000 * s.seed + i)
         x = losses.from_uint8(torch.stack([x, x.flip(-1)]).to(device))  # (2, 3, size, size)
         # not in the paper: one sample of the posterior, not a new one each time
-        z[i] = vae.encode(x).sample().half().cpu()  # (2, k, h, w)
-    if world > 1:
-        dist.barrier()
+        sample = vae.encode(x).sample().half()  # (2, k, h, w)
+        if not sample.isfinite().all():
+            data.fail(f"{files[i]}: latents are not finite, --vae is of no use")
+        z[i] = sample.cpu()
     return z
 
 
@@ -414,9 +419,8 @@ def train(s, vae, vae_path, device):
         data.fail("no captions: 01_data.py takes them from .txt or .json files beside pictures")
     # What a run needs is opened before latents are made.
     frozen = QwenClip(s, device) if s.text_encoder == "qwen-clip" else None
-    rank, _ = data.processes()
-    score = clip_scorer(s.clip_score, device) if s.clip_score and rank == 0 else None
-    data.part_size(s)
+    score = clip_scorer(s.clip_score, device) if s.clip_score else None
+    training.part_size(s)
     net = DiT(data.pick(Network, s)).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
@@ -437,8 +441,7 @@ def train(s, vae, vae_path, device):
             block.compile()
 
     data.listen()
-    bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step",
-               disable=rank > 0)
+    bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step")
     for step in bar:
         data.seed_step(s, stage, step)
         loss = 0.0  # mean over the parts of a batch
@@ -446,23 +449,22 @@ def train(s, vae, vae_path, device):
             part = batch_loss(net, frozen or net.bytes, latents, pictures, s) / s.accumulate
             part.backward()
             loss += part.detach()
-        data.average(w.grad for w in net.parameters())
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), s.clip_norm)  # Table 4
         training.update(optimizers, training.rate_factor(step, s))
         training.update_ema(ema, net, training.ema_decay_at(step, s))
 
         milestone = step % s.val_every == 0 or step == s.steps
         if milestone or step % s.log_every == 0:
-            numbers = data.gather(dict(loss=loss, grad=norm), step)
-            if milestone and rank == 0:
-                numbers |= validate(ema, vae, frozen or ema.bytes, val, score, s)
-            data.log(s.run, stage, step, numbers, bar)
+            terms = dict(loss=loss, grad=norm)
+            if milestone:
+                terms |= validate(ema, vae, frozen or ema.bytes, val, score, s)
+            data.log(s.run, stage, step, terms, bar)
         data.save(out, state, s, step, milestone, parent=key, vae=vae_path)
 
 
 def batch_loss(net, encode_text, latents, pictures, s):
     """The loss on one part of a batch, drawn with replacement."""
-    b = data.part_size(s)
+    b = training.part_size(s)
     device = net.latent_mean.device
     number = torch.randint(len(latents), (b,))
     mirrored = torch.randint(2, (b,))  # not in the paper: mirroring
@@ -486,8 +488,7 @@ def validate(ema, vae, encode_text, val, score, s):
 def clip_scorer(name, device):
     """Fig. 6: a function of pictures and prompts, the mean of 100 max(cos, 0) of their CLIP
     features. ([16] has 2.5 for 100, and writes "A photo depicts" before each prompt.)"""
-    with data.needs(f"--clip-score {name} needs pip install transformers, and that model; "
-                    "'' goes without"):
+    with data.needs(f"--clip-score {name} needs pip install transformers, and that model"):
         from transformers import CLIPModel, CLIPProcessor
         clip = CLIPModel.from_pretrained(name).to(device).eval()
         processor = CLIPProcessor.from_pretrained(name)
@@ -509,8 +510,7 @@ def clip_scorer(name, device):
 
 def draw_samples(s, device):
     """RUN/sample.png: the prompts in --sample, from dit.pt and the VAE that it names."""
-    path = Path(s.run, "dit.pt")
-    checkpoint = data.read_checkpoint(path, "run 07_train_dit.py without --sample")
+    checkpoint = model.read_checkpoint(Path(s.run, "dit.pt"))
     vae = finetuning.load_vae(s.vae or checkpoint["vae"], device)
     names = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
     # As in training, but for what differs from the defaults.
@@ -523,17 +523,16 @@ def draw_samples(s, device):
 
 
 def main(s):
-    if s.dry_run:
-        with torch.device("meta"):
-            return data.show(s, dit=model.count(DiT(data.pick(Network, s))))
     device = data.pick_device(s)
     if s.sample:
         return draw_samples(s, device)
     finetuned = Path(s.run, "vae_finetuned.pt")
     vae_path = s.vae or str(finetuned if finetuned.is_file() else Path(s.run, "vae.pt"))
     print(f"latents of {vae_path}")
-    train(s, finetuning.load_vae(vae_path, device), vae_path, device)
+    vae = finetuning.load_vae(vae_path, device)
+    with data.alone(Path(s.run, "dit.pt")):
+        train(s, vae, vae_path, device)
 
 
 if __name__ == "__main__":
-    main(data.parse_cli(Settings, PRESETS, __doc__))
+    data.start(main, Settings, PRESETS, __doc__)

@@ -1,19 +1,21 @@
 """Shared by all tests: the scripts as modules, pictures, processes. CPU, offline, tiny."""
 import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import time
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: bits are compared, so tests want the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,12 +68,24 @@ def run(new_run):
     return new_run()
 
 
+def picture(mode="RGB", size=(96, 64)):
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    pixels = np.stack([x, y, np.full_like(x, 90)], -1).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(im, format="PNG", **options):
+    file = io.BytesIO()
+    im.save(file, format, **options)
+    return file.getvalue()
+
+
 def vae_settings(run, **more):
     return training.Settings(**(SMALL | TRAIN | dict(run=str(run), steps=4) | more))
 
 
 def decoder_settings(run, **more):
-    return finetuning.Settings(**(TRAIN | dict(run=str(run), steps=4, unet="demo") | more))
+    return finetuning.Settings(**(TRAIN | dict(run=str(run), steps=4) | more))
 
 
 def dit_settings(run, **more):
@@ -101,6 +115,42 @@ def peer_files():
             "spatial": (spatial.state_dict(), spatial.state_dict()),
             "kl-f8": (ldm, {"state_dict": ldm | {"loss.logvar": torch.zeros(3)}, "epoch": 3}),
             "sd1": (ldm, {"state_dict": whole | {"cond_stage_model.x": torch.zeros(3)}})}
+
+
+def tiny_models(folder):
+    """Qwen2.5-VL and CLIP of width 32 and 24 with byte tokenizers, saved as transformers does."""
+    import tokenizers
+    import transformers
+    torch.manual_seed(0)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])  # 256, 257, 258
+
+    def save(name, net):
+        net.save_pretrained(folder / name)
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<|endoftext|>").save_pretrained(folder / name)
+
+    text = dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=258,
+                rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+    save("qwen", transformers.Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision)))
+    words.post_processor = tokenizers.processors.TemplateProcessing(  # CLIP's begin and end
+        single="<|im_start|> $A <|endoftext|>",
+        special_tokens=[("<|im_start|>", 256), ("<|endoftext|>", 258)])
+    text = dict(vocab_size=259, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+                bos_token_id=256, eos_token_id=258, pad_token_id=258)
+    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+                  patch_size=8)
+    save("clip", transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=vision)))
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={
+        "height": 32, "width": 32}).save_pretrained(folder / "clip")
+    return dict(text_encoder="qwen-clip", qwen=str(folder / "qwen"), clip=str(folder / "clip"),
+                text_length=40, text_width=32, pooled_width=24)
 
 
 def checkpoint(path):
@@ -143,10 +193,9 @@ def refused(call, capsys):
 FORK = multiprocessing.get_context("fork")  # so that nothing is imported again
 
 
-def start(stage, s, **environment):
+def start(stage, s):
     """A stage in a process of its own."""
     def work():
-        os.environ.update(environment)
         sys.stderr = open(os.devnull, "w")
         stage.main(s)
 
@@ -164,15 +213,3 @@ def stop_at(stage, s, step, number):
     os.kill(process.pid, number)
     process.join()  # a timeout would wait for its loader's workers too, which take 5 s to notice
     return process.exitcode
-
-
-def on_processes(world, stage, s):
-    """A stage as torchrun starts it, on so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = [start(stage, s, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(world)]
-    for process in group:
-        process.join(120)
-    assert [process.exitcode for process in group] == [0] * world

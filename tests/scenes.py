@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 data = importlib.import_module("01_data")
+model = importlib.import_module("02_model")
 dit = importlib.import_module("07_train_dit")
 COLORS = list(data.COLORS)
 
@@ -84,7 +85,7 @@ def prompts():
 
 
 def main(run):
-    checkpoint = data.read_checkpoint(Path(run, "dit.pt"), "run 07_train_dit.py first")
+    checkpoint = model.read_checkpoint(Path(run, "dit.pt"))
     s = dit.Settings(**checkpoint["settings"])
     net = dit.DiT(data.pick(dit.Network, s)).eval()
     net.load_state_dict(checkpoint["ema"])

@@ -1,25 +1,14 @@
 """01_data.py: unusual and broken pictures, reruns, the split, crops, scenes, the command line."""
-import io
+import errno
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
-from conftest import data, training
+from PIL import Image, ImageCms, PngImagePlugin
+from conftest import data, encoded, picture, refused, training
 from scenes import read_scene
-
-
-def picture(mode="RGB", size=(96, 64)):
-    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
-    pixels = np.stack([x, y, np.full_like(x, 90)], -1).astype(np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(im, format="PNG", **options):
-    file = io.BytesIO()
-    im.save(file, format, **options)
-    return file.getvalue()
 
 
 def settings(folder, **more):
@@ -55,6 +44,11 @@ def unusual():
     ramp = picture()
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned by 90 degrees when shown
+    # The same orientation, before a height that is a float.
+    broken = (b"Exif\0\0MM\0*\0\0\0\x08\0\2" b"\1\x12\0\3\0\0\0\1\0\6\0\0"
+              b"\1\1\0\x0b\0\0\0\1abcd" b"\0\0\0\0")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 2 ** 21, zip=True)
     clear = picture("RGBA")
     clear.putalpha(0)
     # sRGB with red and green exchanged: what is red in the file shows as green
@@ -64,11 +58,15 @@ def unusual():
     return {
         "a/b/deep.png": (encoded(ramp), ramp),
         "turned.jpg": (encoded(ramp, "JPEG", quality=95, exif=turned), ramp.transpose(4)),
+        "turned, broken.jpg": (encoded(ramp, "JPEG", quality=95, exif=broken), ramp.transpose(4)),
+        "broken.webp": (encoded(ramp, "WEBP", lossless=True, exif=b"garbage"), ramp),
+        "much text.png": (encoded(ramp, pnginfo=text), ramp),
         "grey.jpg": (encoded(picture("L"), "JPEG", quality=95), picture("L").convert("RGB")),
         "cmyk.tif": (encoded(picture("CMYK"), "TIFF"), ramp),
         "palette.gif": (encoded(picture("P"), "GIF"), picture("P").convert("RGB")),
         "clear.png": (encoded(clear), Image.new("RGB", ramp.size, "white")),
         "profile.png": (encoded(ramp, icc_profile=swapped), green),
+        "profile, key.png": (encoded(ramp, icc_profile=swapped, transparency=(1, 2, 3)), green),
         "broken profile.png": (encoded(ramp, icc_profile=b"no profile"), ramp),
         "UPPER.JPEG": (encoded(ramp, "JPEG", quality=95), ramp),
     }
@@ -81,47 +79,93 @@ def test_pictures_come_out_right(tmp_path):
            "deep.png": encoded(deep), "float.tif": encoded(picture("F"), "TIFF"),
            "narrow.png": encoded(Image.new("RGB", (400, 20))), "low.png": encoded(picture())}
     make(tmp_path, {name: file for name, (file, _) in good.items()} | bad)
-    make(tmp_path, {"low.json": b'{"AESTHETIC_SCORE": 4.5}', "readme.md": b"not a picture",
+    make(tmp_path, {"low.json": b'{"AESTHETIC_SCORE": 4.5}', "UPPER.TXT": b"above",
                     "turned.txt": "\ufeffein\u2028Haus 🏠\n".encode(),
+                    "cmyk.txt": "von Windows\r\n".encode("utf-16"),
+                    "clear.json": b'{"caption": NaN}', "profile.json": b'{"caption": ["a", "b"]}',
                     "grey.json": b'{"caption": "from json", "aesthetic": null}'})
     data.main(settings(tmp_path))
     kept, rejected, paths = lists(tmp_path)
     assert len(kept) == len(good) and set(rejected) == set(bad)
     assert "8 bits" in rejected["deep.png"] and "8 bits" in rejected["float.tif"]
     assert "4.5" in rejected["low.png"] and "400x20" in rejected["narrow.png"]
-    captions = {"turned.jpg": "ein\u2028Haus 🏠", "grey.jpg": "from json"}
+    captions = {"turned.jpg": "ein\u2028Haus 🏠", "grey.jpg": "from json", "UPPER.JPEG": "above",
+                "cmyk.tif": "von Windows"}
     for name, (_, shown) in good.items():
         assert kept[stored_name(tmp_path, name)] == captions.get(name, "")
-        size = (32, 48) if name == "turned.jpg" else (48, 32)
+        size = (32, 48) if name.startswith("turned") else (48, 32)
         expected = np.asarray(shown.resize(size, Image.BICUBIC)).astype(int)
         stored = np.asarray(Image.open(paths[stored_name(tmp_path, name)])).astype(int)
         assert stored.shape == expected.shape and np.abs(stored - expected).mean() < 3, name
 
 
-def test_reruns_make_what_is_missing(tmp_path):
+def test_every_folder_once(tmp_path, capsys):
+    """Behind links too, even in a circle; not what systems leave, nor what 01 has made."""
+    png = encoded(picture())
+    make(tmp_path, {name: png for name in (
+        "a.png", "b/B.JFIF", ".Trash/c.png", "@eaDir/d.png", "__MACOSX/e.png", "._a.png")})
+    make(tmp_path, {"../disk/f.png": png, "g.heic": b"", "a.txt": b""})
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "run").symlink_to(tmp_path)
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere")
+    data.main(settings(tmp_path))
+    assert "{'.heic': 1, '.png': 1}" in capsys.readouterr().out
+    found = data.find_pictures(tmp_path / "in", tmp_path / "data")
+    names = [str(path.relative_to(tmp_path / "in")) for path in found]
+    assert names == ["a.png", "b/B.JFIF", "link/f.png"] and len(lists(tmp_path)[0]) == 3
+
+
+def test_reruns_make_what_is_missing(tmp_path, capsys):
     """New, mended and lost pictures and new captions arrive, and nothing else is touched."""
     make(tmp_path, {f"{i}.png": encoded(picture()) for i in range(12)} | {"broken.png": b"x"})
     data.main(settings(tmp_path))
     _, rejected, paths = lists(tmp_path)
     assert len(paths) == 12 and set(rejected) == {"broken.png"}
     stamps = {name: path.stat().st_mtime_ns for name, path in paths.items()}
-    lost = stored_name(tmp_path, "3.png")
-    paths[lost].unlink()
+    lost = [stored_name(tmp_path, name) for name in ("3.png", "4.png")]
+    paths[lost[0]].unlink()
+    paths[lost[1]].write_bytes(b"")
+    sentence = refused(lambda: [data.read_list(tmp_path, split, 32) for split in ("train", "val")],
+                       capsys)
+    assert any(name in sentence for name in lost) and "run 01_data.py again" in sentence
     make(tmp_path, {"broken.png": encoded(picture()), "new.png": encoded(picture()),
                     "5.txt": b"late"})
     data.main(settings(tmp_path))
     kept, rejected, again = lists(tmp_path)
     assert len(kept) == 14 and not rejected and kept[stored_name(tmp_path, "5.png")] == "late"
-    assert {n for n in stamps if again[n].stat().st_mtime_ns != stamps[n]} == {lost}
+    assert {n for n in stamps if again[n].stat().st_mtime_ns != stamps[n]} == set(lost)
+    assert min(path.stat().st_size for path in again.values()) > 0
     data.main(settings(tmp_path, resize=40))  # other settings make other files
     assert {min(Image.open(path).size) for path in lists(tmp_path)[2].values()} == {40}
 
 
-def test_twelve_photographs_fill_both_splits(tmp_path):
-    make(tmp_path, {f"DSC_{i}.jpg": encoded(picture(), "JPEG") for i in range(12)})
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_goes_away_rejects_nothing(workers, tmp_path, capfd, monkeypatch):
+    make(tmp_path, {f"{i}.png": encoded(picture()) for i in range(8)})
+    data.main(settings(tmp_path))
+    before = lists(tmp_path)
+    make(tmp_path, {"new.png": encoded(picture())})
+
+    def stale(path, formats):
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr(Image, "open", stale)
+    assert "Stale file handle" in refused(lambda: data.main(settings(tmp_path, workers=workers)),
+                                          capfd)
+    assert lists(tmp_path) == before
+
+
+def test_few_pictures_fill_both_splits(tmp_path, capsys):
+    """Even if all have one name; one process at a time; nothing far too narrow is enlarged."""
+    make(tmp_path, {f"{i}/image.jpg": encoded(picture(), "JPEG") for i in range(12)})
+    with data.alone(tmp_path / "data" / "rejected.jsonl"):
+        assert "another process" in refused(lambda: data.main(settings(tmp_path)), capsys)
     data.main(settings(tmp_path, val_share=0.01))
     assert len(data.read_list(tmp_path, "val", 32)) == 3
     assert len(data.read_list(tmp_path, "train", 32)) == 9
+    make(tmp_path, {"narrow.png": encoded(Image.new("RGB", (90_000, 1)))})
+    assert "90000x1" in data.read_square(tmp_path / "in" / "narrow.png", 512)
 
 
 def test_crops_follow_from_stage_seed_and_number(prepared):
@@ -153,7 +197,7 @@ def test_scenes_show_their_captions():
     assert len({data.scene_caption(0, i, "val") for i in range(2000)}) == 4 * 4 * 5
 
 
-def test_command_line(capsys):
+def test_command_line(capsys, monkeypatch):
     """Default < preset < flag; --help says of each flag what stands behind its field."""
     def parse(*words):
         return data.parse_cli(training.Settings, training.PRESETS, "doc", words)
@@ -161,8 +205,16 @@ def test_command_line(capsys):
     s = parse("--preset", "paper", "--lr", "3e-4", "--width-mult", "1", "2", "--compile")
     assert s.lr == 3e-4 and s.width_mult == (1, 2) and s.compile and s.run == "runs/paper"
     assert s.crop == 240 and parse().crop == 64 and parse().run == "runs/demo"
-    for bad in (["--steps", "1e3"], ["--padding", "mirror"], ["--step", "1"], ["--help"]):
+    for bad in ("--steps 1e3", "--padding mirror", "--step 1", "--steps -1", "--batch 0",
+                "--lr nan", "--lr -1", "--width-mult 1 0", "--help"):
         with pytest.raises(SystemExit):
-            parse(*bad)
+            parse(*bad.split())
     text = " ".join(capsys.readouterr().out.split())
     assert "Table 3; Sec. 5.2, grid: lower is the cure [0.01]" in text
+
+    def too_large(s):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sys, "argv", ["04_train_vae.py"])
+    command = (too_large, training.Settings, training.PRESETS, "")
+    assert "--accumulate" in refused(lambda: data.start(*command), capsys)

@@ -1,10 +1,11 @@
 """07_train_dit.py: counts, masks, objective and sampler, text, latents, training."""
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import (NETWORK, checkpoint, data, dit, dit_settings, losses, model, refused,
-                      small_vae)
+                      small_vae, tiny_models)
 from reference import fill, formula
 
 
@@ -25,14 +26,11 @@ def settings(run, **more):
 
 
 def test_the_papers_numbers():
-    """Kandinsky 5 Lite's counts, and Table 4."""
+    """Kandinsky 5 Lite's counts."""
     with torch.device("meta"):
         net = dit.DiT(dit.Network())
     parts = [model.count(part) for part in (net.text, net.refiner, net.blocks, net)]
     assert parts == [6_427_904, 88_116_480, 1_909_391_360, 2_007_580_992]
-    s = dit.Settings()
-    assert (s.lr, s.beta1, s.beta2, s.clip_norm, s.warmup) == (1e-4, 0.9, 0.95, 1.0, 1000)
-    assert (s.size, s.batch, s.steps) == (256, 1024, 130_000)
 
 
 def test_padding_never_changes_a_result():
@@ -99,43 +97,7 @@ def test_bytes():
     torch.testing.assert_close(tokens[0, 1], encode.table.weight[place].sum(0))
 
 
-def tiny_models(folder):
-    """Qwen2.5-VL and CLIP of width 32 and 24 with byte tokenizers, saved as transformers does."""
-    import tokenizers
-    import transformers
-    torch.manual_seed(0)
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])  # 256, 257, 258
-
-    def save(name, net):
-        net.save_pretrained(folder / name)
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<|endoftext|>").save_pretrained(folder / name)
-
-    text = dict(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=258,
-                rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
-    save("qwen", transformers.Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision)))
-    words.post_processor = tokenizers.processors.TemplateProcessing(  # CLIP's begin and end
-        single="<|im_start|> $A <|endoftext|>",
-        special_tokens=[("<|im_start|>", 256), ("<|endoftext|>", 258)])
-    text = dict(vocab_size=259, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-                bos_token_id=256, eos_token_id=258, pad_token_id=258)
-    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32,
-                  patch_size=8)
-    save("clip", transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=text, vision_config=vision)))
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={
-        "height": 32, "width": 32}).save_pretrained(folder / "clip")
-    return dict(text_encoder="qwen-clip", qwen=str(folder / "qwen"), clip=str(folder / "clip"),
-                text_length=40, text_width=32, pooled_width=24)
-
-
-def test_qwen_clip(run, tmp_path):
+def test_qwen_clip(run, tmp_path, capsys):
     """Qwen's states, CLIP's, its score, 100 max(cos, 0), and a run; prompts of any length."""
     transformers = pytest.importorskip("transformers")
     s = settings(run, steps=1, **tiny_models(tmp_path))
@@ -159,6 +121,13 @@ def test_qwen_clip(run, tmp_path):
     assert score == pytest.approx(expected.item(), rel=1e-4) and score > 0
     dit.main(s)
     dit.main(dit_settings(run, sample=("a red star",)))  # with the encoders of dit.pt
+    moved = str((tmp_path / "qwen").rename(tmp_path / "elsewhere"))
+    dit.main(dit_settings(run, sample=("a red star",), qwen=moved))
+    dit.main(replace(s, steps=2, qwen=moved))
+    weights = {k: w for k, w in qwen.state_dict().items() if "language_model.norm" not in k}
+    qwen.save_pretrained(moved, state_dict=weights)
+    sentence = refused(lambda: dit.QwenClip(replace(s, qwen=moved), "cpu"), capsys)
+    assert "lacks 1 weights: language_model.norm" in sentence
 
 
 def test_latents(run):
@@ -215,8 +184,12 @@ def test_sample(run):
 
 def test_sentences(run, tmp_path, capsys):
     none = str(tmp_path)
+    broken = checkpoint(run / "vae.pt")
+    broken["ema"]["encoder.conv_out.bias"] += 1e6
+    torch.save(broken, run / "broken.pt")
     for words, more in (("run 07_train_dit.py", dict(sample=("x",))), ("not 64", dict(size=64)),
                         ("--latent-channels 4", dict(latent_channels=16)),
-                        ("bytes needs nothing", dict(text_encoder="qwen-clip", qwen=none)),
-                        ("'' goes without", dict(clip_score=none))):
+                        ("bytes none", dict(text_encoder="qwen-clip", qwen=none)),
+                        ("and that model", dict(clip_score=none)),
+                        ("not finite", dict(vae=str(run / "broken.pt")))):
         assert words in refused(lambda: dit.main(settings(run, **more)), capsys)

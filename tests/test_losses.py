@@ -43,7 +43,7 @@ def test_discriminator_and_total():
     assert net(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 62, 62)
     assert sum(p.numel() for p in net.parameters()) == 663_361
     s = training.Settings()
-    total = losses.total_loss(2.0, 3.0, 5.0, 7.0, s.lambda_kl, s)
+    total = losses.total_loss(2.0, 3.0, 5.0, 7.0, s)
     assert total == pytest.approx(2e-4 + 3.0 + 0.05 + 0.7, rel=1e-9)
 
 
@@ -83,25 +83,3 @@ def test_variance_expansion():
     assert losses.variance_expansion(z, logvar).item() == pytest.approx(by_hand, rel=1e-6)
     wild = losses.variance_expansion(1e4 * z, logvar - 30)
     assert wild.isfinite() and wild > 1e5
-
-
-def test_free_bits():
-    """max(nats, KL) for each channel: one below is counted as the threshold, without gradient."""
-    mu = torch.tensor([0.2, 2.0]).view(1, 2, 1, 1).repeat(2, 1, 4, 4).requires_grad_()
-    loss = losses.free_bits(mu, torch.zeros(2, 2, 4, 4), 0.5)  # 0.02 and 2 nats per value
-    assert loss.item() == pytest.approx((0.5 + 2.0) / 2)
-    loss.backward()
-    assert not mu.grad[:, 0].any() and torch.allclose(mu.grad[:, 1], torch.tensor(2.0 / 64))
-
-
-def test_which_regularizer_and_its_weight():
-    mu, logvar, z = torch.randn(3, 2, 4, 2, 2)
-
-    def chosen(step=1, **more):
-        return losses.regularizer(mu, logvar, z, step, training.Settings(**more))
-
-    assert chosen() == (losses.kl_loss(mu, logvar), 1e-4)
-    assert chosen(free_bits=0.7)[0] == losses.free_bits(mu, logvar, 0.7)
-    assert [chosen(step, kl_warmup=4)[1] for step in (1, 4, 9)] == [0.25e-4, 1e-4, 1e-4]
-    ve, weight = chosen(regularizer="ve", kl_warmup=4)
-    assert ve == losses.variance_expansion(z, logvar) and weight == pytest.approx(0.1 / 12)

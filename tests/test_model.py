@@ -100,6 +100,11 @@ def test_lightning_checkpoint(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_named(tmp_path, capsys):
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    (tmp_path / "text").write_text("no weights")
+    for name, words in (("", "diffusers:"), ("pointer", "git lfs"), ("x.pt", "x.pt is missing"),
+                        ("text", "read as weights"), ("vae.pt", "run 04_train_vae.py first")):
+        assert words in refused(lambda: model.load_vae(tmp_path / name), capsys)
     contents = peer_files()["flux"][1]
     path = tmp_path / "x.pt"
     name = "decoder.mid.block_1.conv1.bias"

@@ -1,6 +1,5 @@
 """The READMEs' commands, how the scripts are written, and how long things are."""
 import ast
-import dataclasses
 import importlib
 import inspect
 import re
@@ -22,20 +21,20 @@ def commands():
     texts = [block for path in READMES
              for block in re.findall(r"```bash\n(.*?)```", read(path), re.S)]
     texts += [ast.get_docstring(ast.parse(read(path))) for path in SCRIPTS]
-    command = r"(?:python |torchrun .*?)(0\d_\w+)\.py((?: [^ #;&|\n]+)*)"
+    command = r"python (0\d_\w+)\.py((?: [^ #;&|\n]+)*)"
     return re.findall(command, "\n".join(texts))
 
 
 def test_commands_parse():
-    assert len(commands()) >= 18
+    assert len(commands()) >= 17
     for script, flags in commands():
         stage = importlib.import_module(script)
         data.parse_cli(stage.Settings, stage.PRESETS, "", shlex.split(flags))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_script(path, capsys):
-    """Head, settings, --dry-run, plain lines."""
+def test_script(path):
+    """Head, settings, plain lines."""
     tree = ast.parse(read(path))
     head = ast.get_docstring(tree)
     places = [head.index(word) for word in ("Stage", "Reads", "Writes", "Paper", "    python 0")]
@@ -44,9 +43,6 @@ def test_script(path, capsys):
     for cls in stage.Settings.__mro__[:-1]:
         noted = re.findall(r"^    (\w+):[^#\n]*#\s*\S", inspect.getsource(cls), re.M)
         assert set(noted) == set(cls.__dict__.get("__annotations__", {})), cls
-    if path.stem != "05_finetune_decoder":  # which wants a file to count
-        stage.main(dataclasses.replace(stage.Settings(), dry_run=True))
-        assert capsys.readouterr().out.startswith("{")
     for node in ast.walk(tree):
         assert not isinstance(node, ast.NamedExpr)
         if isinstance(node, ast.IfExp):
@@ -60,11 +56,11 @@ def test_script(path, capsys):
 def test_how_long_things_are():
     """Minimal is the first word of the order. Lower these, never raise them."""
     sizes = [len(read(path)) for path in SCRIPTS]
-    assert sum(sizes) <= 124_800 and max(sizes) <= 28_000
+    assert sum(sizes) <= 124_300 and max(sizes) <= 27_900
     assert sum(len(read(path).splitlines()) for path in SCRIPTS) <= 2_750
     code = sorted((ROOT / "tests").glob("*.py"))
     lines = {path.name: read(path).splitlines() for path in code}
-    assert sum(map(len, lines.values())) <= 1_800
+    assert sum(map(len, lines.values())) <= 1_750
     assert sum(len(lines[name]) for name in lines if name.startswith("test_")) <= 1_100
     assert max(len(line) for path in code + SCRIPTS for line in read(path).splitlines()) <= 100
     assert (ROOT / "tests" / "reference.json").stat().st_size <= 40_000

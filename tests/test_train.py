@@ -15,23 +15,23 @@ def trained(run):
     return run
 
 
-@pytest.mark.parametrize("term", ["kl", "recon", "adv", "perc", "none"])
+@pytest.mark.parametrize("term", ["kl", "ve", "recon", "adv", "perc", "none"])
 def test_gradient_reach(term):
-    """Alone KL reaches all of the encoder, and no other weight, any other term all of the VAE; the
-    discriminator gets its own loss's gradient, whatever the VAE's loss is."""
+    """Alone KL or VE reaches all of the encoder and no other weight, other terms all of the VAE.
+    The discriminator gets its own loss's gradient, whatever the VAE's loss is."""
     torch.manual_seed(0)
     vae = small_vae().train()
     disc = losses.Discriminator(8)
     perceptual = losses.Perceptual("untrained")
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     s = vae_settings("", **{f"lambda_{name}": float(name == term)
-                            for name in ("kl", "recon", "adv", "perc")})
+                            for name in ("kl", "ve", "recon", "adv", "perc")})
     torch.manual_seed(1)
-    total, disc_loss, _ = training.compute_losses(x, vae, disc, perceptual, 1, s)
+    total, disc_loss, _ = training.compute_losses(x, vae, disc, perceptual, s)
     training.add_gradients(total, disc_loss, list(vae.parameters()), list(disc.parameters()))
     weights = dict(vae.named_parameters())
     reached = {name for name, p in weights.items() if p.grad.abs().max() > 0}
-    part = {"kl": "encoder", "none": "nothing"}.get(term, "")
+    part = {"kl": "encoder", "ve": "encoder", "none": "nothing"}.get(term, "")
     expected = {name for name in weights if name.startswith(part)}
     # A key's bias shifts all scores of a query alike, which softmax does not see.
     blind = {name for name in weights if name.endswith("attn_1.k.bias")}
@@ -95,7 +95,10 @@ def test_flags_that_contradict_the_run(trained, capsys):
     for name, more in (("width", dict(width=16)), ("seed", dict(seed=1)), ("batch", dict(batch=8)),
                        ("lr-decay", dict(steps=3, lr_decay=0.5))):
         assert f"--{name} " in refused(lambda: training.main(vae_settings(trained, **more)), capsys)
-    training.main(vae_settings(trained, lr=2e-3, val_every=4, accumulate=2))  # these may change
+    with data.alone(trained / "vae.pt"):
+        assert "another process" in refused(lambda: training.main(vae_settings(trained)), capsys)
+    training.main(vae_settings(trained, lr=2e-3, clip_norm=0.5, precision="bf16", val_every=4,
+                               accumulate=2))  # these may change
 
 
 def test_not_finite_stops_and_keeps_what_is_good(trained, capsys, monkeypatch):
@@ -109,14 +112,13 @@ def test_not_finite_stops_and_keeps_what_is_good(trained, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["vae.pt", "ae.ckpt"])
-@pytest.mark.parametrize("kind, name", [("plain", "vae_finetuned.pt"),
-                                        ("denoising", "vae_denoising.pt")])
+@pytest.mark.parametrize("kind, name", [("no", "vae_finetuned.pt"), ("demo", "vae_denoising.pt")])
 def test_the_encoder_stays_bit_for_bit(file, kind, name, trained, capsys):
     """Of our own file, and of others'; when the file has changed, 05 does not go on."""
     if file == "ae.ckpt":
         torch.save(peer_files()["kl-f8"][1], trained / file)
     before = model.load_vae(trained / file).state_dict()
-    s = decoder_settings(trained, vae=str(trained / file), decoder=kind, steps=1)
+    s = decoder_settings(trained, vae=str(trained / file), denoising=kind, steps=1)
     finetuning.main(s)
     vae = finetuning.load_vae(trained / name)
     after = vae.state_dict()
@@ -128,18 +130,20 @@ def test_the_encoder_stays_bit_for_bit(file, kind, name, trained, capsys):
     assert "has changed" in refused(lambda: finetuning.main(s), capsys)
 
 
-def test_idle_flags_are_refused(trained, capsys):
+def test_flags_that_do_nothing_or_are_new(trained, capsys):
+    finetuning.main(decoder_settings(trained, lambda_adv=0.1, steps=1))
+    assert "vae.pt had --lambda-adv 0.01, not 0.1" in capsys.readouterr().out
     for words, more in (("changes nothing", dict(lambda_kl=1e-3)),
-                        ("changes nothing", dict(decoder="denoising", gan_loss="log")),
+                        ("changes nothing", dict(denoising="B", gan_loss="log")),
                         ("another --disc-width", dict(disc_width=16))):
         assert words in refused(lambda: finetuning.main(decoder_settings(trained, **more)), capsys)
 
 
 def test_unets_have_the_papers_sizes():
     """E, C.1, in millions, with its 8 latent channels."""
-    for unet, millions in (("B", 20.63), ("M", 49.33), ("L", 88.98), ("XL", 140.63), ("H", 355.62)):
+    for size, millions in (("B", 20.63), ("M", 49.33), ("L", 88.98), ("XL", 140.63), ("H", 355.62)):
         with torch.device("meta"):
-            decoder = finetuning.DenoisingDecoder(model.Architecture(latent_channels=8), unet)
+            decoder = finetuning.DenoisingDecoder(model.Architecture(latent_channels=8), size)
         assert round(model.count(decoder) / 1e6, 2) == millions
 
 
@@ -164,14 +168,14 @@ def test_velocity_and_sampling(monkeypatch):
 
 def test_denoising_losses_by_hand():
     """The estimate of a step, Eq. 9, 10 and 12, and R1."""
-    s = decoder_settings("", decoder="denoising", lambda_perc=0.5, lambda_adv=0.5)
+    s = decoder_settings("", denoising="B", lambda_perc=0.5, lambda_adv=0.5)
     vae = small_vae()
     finetuning.give_denoising_decoder(vae, "demo")
     disc = finetuning.PairDiscriminator(8)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     perceptual = losses.Perceptual("untrained")
     torch.manual_seed(2)
-    total, disc_loss, _ = finetuning.denoising_losses(x, vae, disc, perceptual, 1, s)
+    total, disc_loss, _ = finetuning.denoising_losses(x, vae, disc, perceptual, s)
     torch.manual_seed(2)
     eps = torch.randn_like(x)
     t = torch.sigmoid(torch.randn(2, 1, 1, 1))
