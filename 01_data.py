@@ -56,7 +56,7 @@ class TrainingRun(Run):
     muon_lr: float = 0.0   # not in the paper: above 0, Muon for matrices; for short runs
     lr_decay: float = 0.0  # not in the paper: last share of the steps, where rates fall to 0
     accumulate: int = 1    # parts that a batch is cut into, for memory
-    compile: bool = False  # torch.compile the network
+    compile: bool = True   # torch.compile the network, on CUDA
     log_every: int = 100   # steps between two lines of the log
 
 
@@ -382,9 +382,6 @@ def needs(what):
         fail(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-MAY_BE_ZERO = {"seed", "workers", "warmup", "pictures", "attention_levels", "refiner_blocks"}
-
-
 def start(main, Settings, presets, doc):
     """main(settings), with the settings of the command line."""
     try:
@@ -420,9 +417,10 @@ def parse_cli(Settings, presets, doc, argv=None):
         parser.add_argument(flag(field.name), help=note,
                             default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
+    may_be_0 = {"seed", "workers", "warmup", "pictures", "attention_levels", "refiner_blocks"}
     for name, value in given.items():
         for number in value if isinstance(value, list) else [value]:
-            zero = type(number) is float or name in MAY_BE_ZERO
+            zero = type(number) is float or name in may_be_0
             if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and zero):
                 fail(f"{flag(name)} {number} is out of range")
     preset = given.pop("preset")
@@ -529,7 +527,9 @@ def resume(path, state, s, stage, parent=""):
         print(f"{path} goes on after step {step} of {s.steps}")
     if Path(s.run, "log.jsonl").exists():
         # Less what came after the checkpoint, or those steps would stand there twice.
-        lines = [line for line in read_log(s.run) if line["stage"] != stage or line["step"] <= step]
+        whole, _, _ = Path(s.run, "log.jsonl").read_text().rpartition("\n")
+        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [line for line in lines if line["stage"] != stage or line["step"] <= step]
         write_text(Path(s.run, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     return step
 
@@ -548,10 +548,10 @@ def listen():
     signal.signal(signal.SIGTERM, note)
 
 
-# ---- shelf: logs, curves, sheets
+# ---- shelf: logs and sheets
 
 def log(run, stage, step, terms, bar):
-    """One line on the screen, one in RUN/log.jsonl; RUN/curve.png. Stops at what is not finite."""
+    """One line on the screen, one in RUN/log.jsonl. Stops at what is not finite."""
     numbers = {name: float(value) for name, value in terms.items()}
     for name, number in numbers.items():
         if not math.isfinite(number):
@@ -559,36 +559,6 @@ def log(run, stage, step, terms, bar):
     bar.write(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
     with open(Path(run, "log.jsonl"), "a") as f:
         f.write(json.dumps(dict(stage=stage, step=step) | numbers) + "\n")
-    draw_curves(run)
-
-
-def read_log(run):
-    """The lines of RUN/log.jsonl, less one that a crash cut off."""
-    with open(Path(run, "log.jsonl")) as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
-
-
-def draw_curves(run):
-    """RUN/curve.png: each quantity in the log over its stage's steps, from least to largest."""
-    curves = collections.defaultdict(list)
-    for line in read_log(run):
-        for name in line.keys() - {"stage", "step"}:
-            curves[line["stage"], name].append((line["step"], line[name]))
-    w, h = 290, 110
-    sheet = Image.new("RGB", (4 * w, math.ceil(len(curves) / 4) * h), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, ((stage, name), points) in enumerate(sorted(curves.items())):
-        left = i % 4 * w + 10
-        top = i // 4 * h
-        values = [value for _, value in points]
-        low = min(values)
-        height = max(values) - low or 1
-        scaled = [(left + (w - 30) * step / points[-1][0], top + h - 8 - 72 * (v - low) / height)
-                  for step, v in points]
-        title = f"{stage[:2]} {name}: {low:.3g} to {low + height:.3g}, at last {values[-1]:.3g}"
-        draw.text((left, top + 8), title, "black")
-        draw.line(scaled, (30, 60, 160), 2)
-    write_aside(Path(run, "curve.png"), lambda f: sheet.save(f, "PNG"))
 
 
 def save_sheet(path, tiles, columns, titles=(), captions=()):

@@ -64,8 +64,7 @@ class SpatialNorm(nn.Module):
     """Spatially Conditional Normalization, from MoVQ: GroupNorm(x) * scale(z) + shift(z).
 
     Sec. 5.2: it normalizes, and it lets every norm of the decoder see the latent z, place by place.
-    The 1x1 convolutions scale and shift commute with up-sampling by nearest neighbor, so they run
-    at the latent's resolution.
+    1x1 convolutions commute with up-sampling by nearest neighbor, so they run where z is small.
     """
     def __init__(self, channels, a):
         super().__init__()
@@ -73,10 +72,13 @@ class SpatialNorm(nn.Module):
         self.conv_y = nn.Conv2d(a.latent_channels, channels, 1)  # y and b are MoVQGAN's names
         self.conv_b = nn.Conv2d(a.latent_channels, channels, 1)
 
-    def forward(self, x, z):  # (b, c, h, w), (b, k, ., .)
-        scale = F.interpolate(self.conv_y(z), x.shape[2:], mode="nearest")  # (b, c, h, w)
-        shift = F.interpolate(self.conv_b(z), x.shape[2:], mode="nearest")
-        return self.norm_layer(x) * scale + shift
+    def forward(self, x, z):  # (b, c, h, w), (b, k, h', w')
+        x = self.norm_layer(x)
+        # One value of z for s x s positions of x; F.interpolate has a slow gradient on GPUs.
+        x = x.unflatten(3, (z.shape[3], -1)).unflatten(2, (z.shape[2], -1))  # (b, c, h', s, w', s)
+        scale = self.conv_y(z)[..., None, :, None]  # (b, c, h', 1, w', 1)
+        shift = self.conv_b(z)[..., None, :, None]
+        return (x * scale + shift).flatten(4).flatten(2, 3)  # (b, c, h, w)
 
 
 def conv3x3(c_in, c_out, a):  # Sec. 5.2, corner artifact: "reflect" is the cure
@@ -131,8 +133,9 @@ class Upsample(nn.Module):  # not in the paper: nearest neighbor, as in MoVQGAN
         super().__init__()
         self.conv = conv3x3(channels, channels, a)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x):  # (b, c, h, w)
+        x = x[..., None, :, None].expand(-1, -1, -1, 2, -1, 2)  # (b, c, h, 2, w, 2)
+        return self.conv(x.flatten(4).flatten(2, 3))  # (b, c, 2h, 2w)
 
 
 class Level(nn.Module):

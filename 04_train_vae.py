@@ -1,8 +1,7 @@
 """Stage 4 of VIVAT: train the VAE and its discriminator together.
 
 Reads   RUN/data (01_data.py); RUN/vae.pt if this run was interrupted.
-Writes  RUN/vae.pt, RUN/reconstructions.png (validation pictures over their reconstructions),
-        RUN/log.jsonl, RUN/curve.png.
+Writes  RUN/vae.pt, RUN/log.jsonl, RUN/reconstructions.png (pictures over what becomes of them).
 Paper   Sec. 3.1 (Eq. 7), 5.2, Table 2 (training), Table 3 (weights).
 
     python 04_train_vae.py --preset small --run runs/mine
@@ -64,8 +63,8 @@ class Settings(Training, model.Architecture):
 
 SMALL = dict(batch=16, ema_decay=0.999, precision="bf16")
 DEMO = losses.PRESETS["demo"] | dict(
-    workers=0, disc_width=24, batch=4, lr=1e-3, muon_lr=5e-3, lr_decay=1.0, ema_decay=0.995,
-    val_every=500, val_pictures=64)
+    workers=0, compile=False, disc_width=24, batch=4, lr=1e-3, muon_lr=5e-3, lr_decay=1.0,
+    ema_decay=0.995, val_every=500, val_pictures=64)
 PRESETS = {"paper": {}, "small": model.PRESETS["small"] | SMALL | dict(steps=60_000),
            "demo": model.PRESETS["demo"] | DEMO | dict(steps=1500)}
 
@@ -129,7 +128,7 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
     optimizers["disc_adam"] = adam(disc_weights)
     state = dict(model=vae, ema=ema, disc=disc, **optimizers)
     step = data.resume(out, state, s, stage, parent)
-    forward = torch.compile(vae) if s.compile else vae
+    compile_parts((vae.encoder, getattr(vae.decoder, "unet", vae.decoder)), s, device)
 
     loader = load_crops(s, stage, step, vae)
     val = losses.from_uint8(data.val_crops(s.run, s.crop, s.val_pictures)).to(device)
@@ -139,7 +138,7 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
         terms = collections.defaultdict(float)  # means over the parts of a batch
         for _ in range(s.accumulate):
             x = losses.from_uint8(next(loader).to(device, memory_format=torch.channels_last))
-            vae_loss, disc_loss, logged = compute(x, forward, disc, perceptual, s)
+            vae_loss, disc_loss, logged = compute(x, vae, disc, perceptual, s)
             add_gradients(vae_loss / s.accumulate, disc_loss / s.accumulate, vae_weights,
                           disc_weights)  # Table 2: the discriminator plays from step 0
             for name in logged:
@@ -169,6 +168,21 @@ def load_crops(s, stage, step, vae):
     return iter(DataLoader(crops, part_size(s), sampler=numbers, num_workers=s.workers))
 
 
+def compile_parts(parts, s, device):
+    """Compile modules in place, on CUDA. Where no compiler works, say so and go on."""
+    if not s.compile or device.type != "cuda":
+        return
+    try:
+        torch.compile(torch.sin)(torch.zeros(9, device=device))
+    except Exception as error:
+        print(f"not compiled ({str(error).splitlines()[0][:200]})")
+        return
+    # Channels last, which Inductor would turn off for this network in training.
+    torch._inductor.config.force_layout_optimization = True
+    for part in parts:
+        part.compile()
+
+
 def part_size(s):
     """Pictures that are in memory at once: a batch is cut into parts."""
     if s.batch % s.accumulate:
@@ -195,9 +209,8 @@ def rate_factor(step, s):
 
 @torch.no_grad()
 def update_ema(ema, net, decay):  # Table 2: EMA decay
-    """Move each averaged weight towards the trained one."""
-    for average, weight in zip(ema.parameters(), net.parameters()):
-        average.lerp_(weight, 1 - decay)
+    """Move each averaged weight towards the trained one, all by one call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 def ema_decay_at(step, s):
@@ -215,23 +228,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for w in self.param_groups[0]["params"]:
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            g = w.grad.lerp(momentum, 0.95).flatten(1)  # Nesterov's look ahead, (c_out, the rest)
-            scale = self.param_groups[0]["lr"] * max(1, g.shape[0] / g.shape[1]) ** 0.5
-            w.sub_(scale * orthogonal(g).view_as(w))
+        weights = self.param_groups[0]["params"]
+        gradients = [w.grad for w in weights]
+        if not self.state:
+            for w in weights:
+                self.state[w]["momentum"] = torch.zeros_like(w)
+        momenta = [self.state[w]["momentum"] for w in weights]
+        torch._foreach_lerp_(momenta, gradients, 0.05)
+        ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov's look ahead
+        # Weights of one shape go together: a GPU would wait for so many small calls.
+        shapes = collections.defaultdict(list)
+        for i, w in enumerate(weights):
+            shapes[w.shape].append(i)
+        for shape, numbers in shapes.items():
+            g = torch.stack([ahead[i] for i in numbers]).flatten(2)  # (n, c_out, the rest)
+            scale = self.param_groups[0]["lr"] * max(1, g.shape[1] / g.shape[2]) ** 0.5
+            moves = (scale * orthogonal(g)).view(-1, *shape)
+            torch._foreach_sub_([weights[i] for i in numbers], moves.unbind())
 
 
 def orthogonal(g):
-    """Nearly the orthogonal matrix closest to g: five rounds of Newton-Schulz, a polynomial that
-    brings every singular value close to 1."""
-    tall = g.shape[0] > g.shape[1]
+    """Nearly the orthogonal matrices closest to g (n, rows, columns): five rounds of Newton-Schulz,
+    a polynomial that brings every singular value close to 1."""
+    tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        square = torch.bmm(x, x.mT)
+        square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, square, x, beta=3.4445)
     return x.mT if tall else x
 
 

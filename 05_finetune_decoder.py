@@ -1,8 +1,7 @@
 """Stage 5 of VIVAT: freeze the encoder, train the decoder further.
 
 Reads   RUN/data; RUN/vae.pt (04_train_vae.py), or with --vae any file that load_vae reads.
-Writes  RUN/vae_finetuned.pt, or with --denoising RUN/vae_denoising.pt;
-        RUN/reconstructions.png, RUN/log.jsonl, RUN/curve.png.
+Writes  RUN/vae_finetuned.pt, or with --denoising RUN/vae_denoising.pt; the rest as 04.
 Paper   Sec. 5.3; Sec. 5.2 names it as a cure of the color shift.
 
     python 05_finetune_decoder.py --preset small --run runs/mine
@@ -114,21 +113,15 @@ class UnetBlock(nn.Module):
         return self.attn(y + self.nin_shortcut(self.resize(x)))  # (b, c_out, ., .)
 
 
-class DenoisingDecoder(nn.Module):
-    """In place of a Decoder: from noise, latents z (b, k, h/f, w/f) to pictures (b, 3, h, w).
-
-    x_t = (1 - t) gamma x + t noise is the noisy picture. A U-Net: `down` halves the sides level by
-    level, `up` doubles them again; each block of `up` that does not resize is handed what a block
-    of `down` made, the last one first.
-    """
+class Unet(nn.Module):
+    """The velocity at a noisy picture x_t = (1 - t) gamma x + t noise, given its latents z. `down`
+    halves the sides level by level, `up` doubles them again; each block of `up` that does not
+    resize is handed what a block of `down` made, the last one first."""
     def __init__(self, a, size):
         super().__init__()
         width, mult, blocks, attention = UNETS[size]
         # not in E: zeros as in ADM; reflect is 1.2 dB worse
         a = replace(a, groups=math.gcd(32, width), padding="zeros")
-        self.factor = 2 ** (len(a.width_mult) - 1)
-        self.multiple = max(self.factor, 2 ** (len(mult) - 1))
-        self.steps = 3  # E, Table 4 (g)
         make = functools.partial(UnetBlock, times=4 * width, a=a)
         self.time = Time(width)
         self.conv_in = model.conv3x3(3 + a.latent_channels, width, a)
@@ -154,7 +147,7 @@ class DenoisingDecoder(nn.Module):
         self.norm_out = model.GroupNorm(c, a)
         self.conv_out = model.conv3x3(c, OUTPUTS, a)
 
-    def velocity(self, x_t, t, z):
+    def forward(self, x_t, t, z):
         """x_t (b, 3, h, w), t (b, 1, 1, 1), z (b, k, h/f, w/f); gives (b, 3, h, w)."""
         # not in E: read as in Chen, 2023: gamma scales the picture, before noise is added
         deviation = ((1 - t).square() * (GAMMA * DEVIATION) ** 2 + t.square()).sqrt()
@@ -173,8 +166,18 @@ class DenoisingDecoder(nn.Module):
             x = block(x, c)
         return self.conv_out(F.silu(self.norm_out(x)))[:, :3]  # (b, 3, h, w)
 
+
+class DenoisingDecoder(nn.Module):
+    """In place of a Decoder: from noise, latents z (b, k, h/f, w/f) to pictures (b, 3, h, w)."""
+    def __init__(self, a, size):
+        super().__init__()
+        self.unet = Unet(a, size)
+        self.factor = 2 ** (len(a.width_mult) - 1)
+        self.multiple = max(self.factor, 2 ** (len(UNETS[size][1]) - 1))
+        self.steps = 3  # E, Table 4 (g)
+
     def forward(self, z):
-        """From noise, the same for each picture, by Euler's method."""
+        """By Euler's method, from the same noise for each picture."""
         shape = (1, 3, z.shape[2] * self.factor, z.shape[3] * self.factor)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(2024))
         x_t = noise.to(z.device).expand(len(z), -1, -1, -1)
@@ -182,7 +185,7 @@ class DenoisingDecoder(nn.Module):
         times = (100 - 99 * torch.arange(self.steps + 1) / self.steps).log() / math.log(100)
         for now, after in itertools.pairwise(times.to(z.device)):
             t = now.expand(len(z), 1, 1, 1)
-            x_t = x_t + (after - now) * self.velocity(x_t, t, z).float()
+            x_t = x_t + (after - now) * self.unet(x_t, t, z).float()
         return x_t / GAMMA
 
 
@@ -216,7 +219,7 @@ def denoising_losses(x, vae, disc, perceptual, s):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
         with torch.no_grad():
             z = vae.encode(x).sample()
-        v = vae.decoder.velocity(x_t, t, z).float()
+        v = vae.decoder.unet(x_t, t, z).float()
     x_hat = (x_t - t * v) / GAMMA  # E, Eq. 10
 
     x = x.detach().requires_grad_()  # for R1, the slope of the verdict on real pictures
@@ -255,7 +258,7 @@ def load_vae(path, device="cpu"):
 
 def refuse_idle_flags(s):
     """Stop where a flag would change nothing: no preset of this stage sets these."""
-    denoising = [] if s.denoising == "no" else ["gan_loss", "compile"]
+    denoising = [] if s.denoising == "no" else ["gan_loss"]
     for name in ["lambda_kl", "lambda_ve", *denoising]:
         if getattr(s, name) != getattr(Settings, name):
             data.fail(f"{data.flag(name)} changes nothing here")

@@ -3,7 +3,7 @@
 Reads   the run's own autoencoders, or with --vae any that load_vae reads (FILE,
         diffusers:FOLDER_OR_ID[@SUBFOLDER]), jit:FILE, TorchScript from pictures to pictures
         (Cosmos), and yardsticks, bicubic:8 and jpeg:75. Pictures from --images, else RUN/data/val.
-Writes  RUN/eval.md and RUN/eval.json, where rows of other models, pictures and sizes stay;
+Writes  RUN/eval.md and RUN/eval.json, which keep other models', pictures' and sizes' rows;
         RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
 

@@ -2,8 +2,8 @@
 
 Reads   RUN/data with captions (01_data.py); RUN/vae_finetuned.pt, else RUN/vae.pt, or with --vae
         any that load_vae reads; RUN/dit.pt if this run was interrupted.
-Writes  RUN/latents-HASH.bin (once), RUN/dit.pt, RUN/dit.png (prompts and their pictures),
-        RUN/log.jsonl, RUN/curve.png (Fig. 6: clip_score); with --sample only RUN/sample.png.
+Writes  RUN/latents-HASH.bin, RUN/dit.pt, RUN/dit.png (prompts and their pictures), RUN/log.jsonl
+        (Fig. 6: clip_score); with --sample only RUN/sample.png.
 Paper   Sec. 3.3, 6.3, A.3, Table 4, Fig. 6.
 
     python 07_train_dit.py --preset small --run runs/mine
@@ -99,7 +99,7 @@ PRESETS = {
         width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, rope_axes=(8, 12, 12),
         text_width=64, pooled_width=64, text_length=32, size=96, steps=1600, batch=32, lr=2e-3,
         muon_lr=0.02, lr_decay=0.7, t_shift=4.0, warmup=100, ema_decay=0.99, precision="fp32",
-        workers=0, val_every=400, sample_steps=16, guidance=4.0, shift=6.0),
+        workers=0, compile=False, val_every=400, sample_steps=16, guidance=4.0, shift=6.0),
 }
 
 
@@ -353,13 +353,14 @@ def draw(net, vae, encode_text, prompts, s):
         text = encode_text(some)
         empty = encode_text([""] * len(some))
         times = shifted(torch.linspace(1, 0, s.sample_steps + 1, device=x.device), s.shift)
-        for now, after in itertools.pairwise(times):
-            t = now.expand(len(x))
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+        # Around all steps: so weights, if they may have a gradient, are cast only once.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+            for now, after in itertools.pairwise(times):
+                t = now.expand(len(x))
                 v = net(x, t, *text).float()
                 v_empty = net(x, t, *empty).float()
-            v = v_empty + s.guidance * (v - v_empty)
-            x = x + (after - now) * v
+                v = v_empty + s.guidance * (v - v_empty)
+                x = x + (after - now) * v
         pictures += losses.to_uint8(vae.decode(x * net.latent_std + net.latent_mean)).cpu()
     return pictures
 
@@ -422,7 +423,7 @@ def train(s, vae, vae_path, device):
     score = clip_scorer(s.clip_score, device) if s.clip_score else None
     training.part_size(s)
     net = DiT(data.pick(Network, s)).to(device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    ema = copy.deepcopy(net).eval()
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
                               weight_decay=s.weight_decay, fused=device.type != "mps")  # Table 4
     inside = [*net.refiner.parameters(), *net.blocks.parameters()]
@@ -436,9 +437,7 @@ def train(s, vae, vae_path, device):
     for module in (net, ema):
         module.latent_mean.copy_(some.mean((0, 1, 3, 4))[:, None, None])
         module.latent_std.copy_(some.std((0, 1, 3, 4))[:, None, None])
-    if s.compile:
-        for block in net.blocks:
-            block.compile()
+    training.compile_parts(net.blocks, s, device)
 
     data.listen()
     bar = tqdm(range(step + 1, s.steps + 1), initial=step, total=s.steps, unit="step")

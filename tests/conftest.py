@@ -1,7 +1,6 @@
 """Shared by all tests: the scripts as modules, pictures, processes. CPU, offline, tiny."""
 import functools
 import importlib
-import io
 import json
 import multiprocessing
 import os
@@ -12,10 +11,9 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: bits are compared, so tests want the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,18 +64,6 @@ def new_run(prepared, tmp_path):
 @pytest.fixture
 def run(new_run):
     return new_run()
-
-
-def picture(mode="RGB", size=(96, 64)):
-    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
-    pixels = np.stack([x, y, np.full_like(x, 90)], -1).astype(np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(im, format="PNG", **options):
-    file = io.BytesIO()
-    im.save(file, format, **options)
-    return file.getvalue()
 
 
 def vae_settings(run, **more):
@@ -188,6 +174,15 @@ def refused(call, capsys):
     return [line for line in lines if line.strip() and "/s]" not in line][-1]  # less progress bars
 
 
+class Calls(TorchDispatchMode):
+    """Counts PyTorch's operations, which a GPU waits for."""
+    count = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        self.count += 1
+        return call(*args, **(kwargs or {}))
+
+
 # ---------------- processes
 
 FORK = multiprocessing.get_context("fork")  # so that nothing is imported again
@@ -213,3 +208,27 @@ def stop_at(stage, s, step, number):
     os.kill(process.pid, number)
     process.join()  # a timeout would wait for its loader's workers too, which take 5 s to notice
     return process.exitcode
+
+
+STAGES = {"vae": (training, vae_settings, {}, "vae.pt", "04_train_vae"),
+          "plain": (finetuning, decoder_settings, {}, "vae_finetuned.pt", "05_finetune_decoder"),
+          "denoising": (finetuning, decoder_settings, dict(denoising="demo"),
+                        "vae_denoising.pt", "05_denoising_decoder"),
+          "dit": (dit, dit_settings, {}, "dit.pt", "07_train_dit")}
+
+
+def stage(kind, run, **more):
+    """(module, settings, checkpoint, name in the log); all but 04 start from a VAE of two steps."""
+    script, make, own, file, name = STAGES[kind]
+    if kind != "vae":
+        training.main(vae_settings(run, steps=2))
+    return script, make(run, **own, **more), run / file, name
+
+
+def whole_run(script, s, path):
+    """What an uninterrupted run ends with; then everything it made is removed."""
+    script.main(s)
+    end = checkpoint(path)
+    for file in (path, path.with_name("log.jsonl"), *path.parent.glob("latents-*.bin")):
+        file.unlink()
+    return end

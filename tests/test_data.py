@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
-from conftest import data, encoded, picture, refused, training
+from PIL import Image
+from conftest import data, refused, training
+from pictures import encoded, picture, unusual
 from scenes import read_scene
 
 
@@ -37,39 +38,6 @@ def make(folder, files):
 
 def stored_name(folder, name):
     return data.prepare(folder / "in" / name, settings(folder), 0)[1]["file_name"]
-
-
-def unusual():
-    """{name: (file, its pixels as RGB)}"""
-    ramp = picture()
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned by 90 degrees when shown
-    # The same orientation, before a height that is a float.
-    broken = (b"Exif\0\0MM\0*\0\0\0\x08\0\2" b"\1\x12\0\3\0\0\0\1\0\6\0\0"
-              b"\1\1\0\x0b\0\0\0\1abcd" b"\0\0\0\0")
-    text = PngImagePlugin.PngInfo()
-    text.add_text("workflow", "x" * 2 ** 21, zip=True)
-    clear = picture("RGBA")
-    clear.putalpha(0)
-    # sRGB with red and green exchanged: what is red in the file shows as green
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    swapped = srgb.replace(b"rXYZ", b"____").replace(b"gXYZ", b"rXYZ").replace(b"____", b"gXYZ")
-    green = Image.merge("RGB", [ramp.split()[i] for i in (1, 0, 2)])
-    return {
-        "a/b/deep.png": (encoded(ramp), ramp),
-        "turned.jpg": (encoded(ramp, "JPEG", quality=95, exif=turned), ramp.transpose(4)),
-        "turned, broken.jpg": (encoded(ramp, "JPEG", quality=95, exif=broken), ramp.transpose(4)),
-        "broken.webp": (encoded(ramp, "WEBP", lossless=True, exif=b"garbage"), ramp),
-        "much text.png": (encoded(ramp, pnginfo=text), ramp),
-        "grey.jpg": (encoded(picture("L"), "JPEG", quality=95), picture("L").convert("RGB")),
-        "cmyk.tif": (encoded(picture("CMYK"), "TIFF"), ramp),
-        "palette.gif": (encoded(picture("P"), "GIF"), picture("P").convert("RGB")),
-        "clear.png": (encoded(clear), Image.new("RGB", ramp.size, "white")),
-        "profile.png": (encoded(ramp, icc_profile=swapped), green),
-        "profile, key.png": (encoded(ramp, icc_profile=swapped, transparency=(1, 2, 3)), green),
-        "broken profile.png": (encoded(ramp, icc_profile=b"no profile"), ramp),
-        "UPPER.JPEG": (encoded(ramp, "JPEG", quality=95), ramp),
-    }
 
 
 def test_pictures_come_out_right(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (ROOT, checkpoint, data, evaluation, finetuning, losses, model, refused,
                       small_vae)
+from pictures import spoilt
 
 
 def settings(run, **more):
@@ -49,16 +50,6 @@ def reaction(name, x, y):
     ideal, edge = {"color shift": (0, 4), "grid": (1, 1.1), "blur": (1, 0.9), "corner": (1, 2),
                    "droplet": (0, 8)}[name]
     return max((reading - ideal) / (edge - ideal), 0)
-
-
-def spoilt(pictures, smooth):
-    """The pictures with white or smooth noise (of deviation 8 px), at 32, 22 and 16 dB."""
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    if smooth:
-        noise = evaluation.gaussian_blur(noise[:, :1], [49, 49], [8.0, 8.0]).expand_as(pictures)
-    noise = noise / noise.std((1, 2, 3), keepdim=True)
-    for psnr in (32, 22, 16):
-        yield pictures + 2 * 10 ** (-psnr / 20) * noise
 
 
 def test_meters_know_their_artifact():

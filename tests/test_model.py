@@ -39,14 +39,21 @@ def test_switches(padding, norm):
         assert flat == (padding == "reflect")
 
 
-def test_spatial_norm_is_its_definition():
-    """GroupNorm(x) * y(up(z)) + b(up(z)), with the convolutions at full resolution."""
-    norm = model.SpatialNorm(24, model.Architecture(groups=8, latent_channels=4)).double()
-    x = 3 + 2 * torch.randn(2, 24, 16, 24, dtype=torch.double)
-    z = torch.randn(2, 4, 4, 6, dtype=torch.double)
+def test_broadcasting_is_interpolation():
+    """GroupNorm(x) * y(up(z)) + b(up(z)), and up-sampling: values and gradients."""
+    a = model.Architecture(groups=8, latent_channels=4)
+    norm = model.SpatialNorm(24, a).double()
+    upsample = model.Upsample(24, a).double()
+    x = (3 + 2 * torch.randn(2, 24, 16, 24, dtype=torch.double)).requires_grad_()
+    z = torch.randn(2, 4, 4, 6, dtype=torch.double, requires_grad=True)
     up = F.interpolate(z, size=x.shape[2:], mode="nearest")
-    expected = F.group_norm(x, 8, eps=1e-6) * norm.conv_y(up) + norm.conv_b(up)
-    torch.testing.assert_close(norm(x, z), expected, atol=1e-12, rtol=0)
+    pairs = ((norm(x, z), F.group_norm(x, 8, eps=1e-6) * norm.conv_y(up) + norm.conv_b(up)),
+             (upsample(x), upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))))
+    for pair in pairs:
+        torch.testing.assert_close(*pair, atol=1e-12, rtol=0)
+        gradients = [torch.autograd.grad(y.sin().sum(), (x, z, norm.conv_y.weight),
+                                         allow_unused=True, materialize_grads=True) for y in pair]
+        torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
 
 
 @torch.no_grad()

@@ -2,31 +2,10 @@
 import signal
 
 import pytest
-from conftest import (checkpoint, decoder_settings, dit, dit_settings, finetuning, log, same,
-                      start, stop_at, training, vae_settings)
-
-STAGES = {"vae": (training, vae_settings, {}, "vae.pt", "04_train_vae"),
-          "plain": (finetuning, decoder_settings, {}, "vae_finetuned.pt", "05_finetune_decoder"),
-          "denoising": (finetuning, decoder_settings, dict(denoising="demo"),
-                        "vae_denoising.pt", "05_denoising_decoder"),
-          "dit": (dit, dit_settings, {}, "dit.pt", "07_train_dit")}
-
-
-def stage(kind, run, **more):
-    """(module, settings, checkpoint, name in the log); all but 04 start from a VAE of two steps."""
-    script, make, own, file, name = STAGES[kind]
-    if kind != "vae":
-        training.main(vae_settings(run, steps=2))
-    return script, make(run, **own, **more), run / file, name
-
-
-def whole_run(script, s, path):
-    """What an uninterrupted run ends with; then everything it made is removed."""
-    script.main(s)
-    end = checkpoint(path)
-    for file in (path, path.with_name("log.jsonl"), *path.parent.glob("latents-*.bin")):
-        file.unlink()
-    return end
+import torch
+from torch._dynamo.utils import counters
+from conftest import (STAGES, checkpoint, log, same, small_vae, stage, start, stop_at, training,
+                      whole_run)
 
 
 @pytest.mark.parametrize("kind, more", [
@@ -62,3 +41,19 @@ def test_after_signals(kind, number, run):
     script.main(s)
     same(checkpoint(path), whole)
     assert [line["step"] for line in log(run, name)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("kind, more", [("vae", dict(width_mult=(1, 2))), ("plain", {}),
+                                        ("denoising", {}), ("dit", dict(size=24))])
+def test_compiled(kind, more, run, monkeypatch):
+    """Encoder, and decoder or U-Net, are a graph each. All blocks of the DiT share one for the
+    first length of prompts and one for any. Nothing breaks them, or makes them compile again."""
+    script, make, own, file, name = STAGES[kind]
+    if kind != "vae":
+        small_vae(run / "vae.pt", width_mult=(1, 2))
+    monkeypatch.setattr(training, "compile_parts", lambda parts, s, device: [
+        part.compile(backend="aot_eager") for part in parts])
+    torch.compiler.reset()
+    counters.clear()
+    script.main(make(run, steps=3, accumulate=2, precision="bf16", **own, **more))
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
