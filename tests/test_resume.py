@@ -57,3 +57,8 @@ def test_compiled(kind, more, run, monkeypatch):
     counters.clear()
     script.main(make(run, steps=3, accumulate=2, precision="bf16", **own, **more))
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
+
+
+def test_without_a_compiler(capsys):
+    training.compile_parts([], STAGES["vae"][1](""), torch.device("cuda"))  # the tests hide it
+    assert "not compiled" in capsys.readouterr().out
