@@ -62,7 +62,7 @@ def test_how_long_things_are():
     by_hand = {"gpu.py": 120}
     lines = {path.name: read(path).splitlines() for path in code}
     assert all(len(lines.pop(name)) <= most for name, most in by_hand.items())
-    assert sum(map(len, lines.values())) <= 1_790
+    assert sum(map(len, lines.values())) <= 1_800
     assert sum(len(lines[name]) for name in lines if name.startswith("test_")) <= 1_100
     assert max(len(line) for path in code + SCRIPTS for line in read(path).splitlines()) <= 100
     assert (ROOT / "tests" / "reference.json").stat().st_size <= 40_000
