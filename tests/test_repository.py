@@ -59,7 +59,7 @@ def test_how_long_things_are():
     assert sum(sizes) <= 124_700 and max(sizes) <= 27_500
     assert sum(len(read(path).splitlines()) for path in SCRIPTS) <= 2_750
     code = sorted((ROOT / "tests").glob("*.py"))
-    by_hand = {"gpu.py": 120}
+    by_hand = {"gpu.py": 120, "study.py": 150}
     lines = {path.name: read(path).splitlines() for path in code}
     assert all(len(lines.pop(name)) <= most for name, most in by_hand.items())
     assert sum(map(len, lines.values())) <= 1_800
