@@ -121,7 +121,7 @@ def read_square(path, size):
     try:
         return center_crop(resize_shorter(open_picture(path), size), size)
     except Exception as error:
-        return f"passed over {path}: {error}"
+        return f"passed over {str(path)!r}: {error}"
 
 
 def read_list(run, split, side):
@@ -139,7 +139,7 @@ def read_list(run, split, side):
     stored = min(Image.open(pictures[0]["file"]).size)
     if stored < side:
         fail(f"pictures in {folder} have a shorter side of {stored}, not {side}: run 01_data.py "
-             "with a larger --resize and another --run first")
+             "with a larger --resize and another --run first, or ask for less")
     return pictures
 
 
@@ -158,20 +158,20 @@ def find_pictures(folder, *but):
     paths = []
     others = collections.Counter()
     seen = {os.path.realpath(path) for path in but}
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=print, followlinks=True):
         if os.path.realpath(root) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
-        # Without what systems leave there: .Trash, ._name, @eaDir.
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "@", "__MACOSX")))
+        # Less what systems leave: .Trash, ._name, @eaDir.
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "@eaDir", "__MACOSX")))
         for path in (Path(root, name) for name in sorted(files) if name[0] != "."):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
+            if path.suffix.lower() in SUFFIXES and os.path.isfile(path):
                 paths.append(path)
             elif path.suffix.lower() not in (".txt", ".json"):
                 others[path.suffix] += 1
     if others:
-        print(f"left out by their suffixes: {dict(others)}")
+        print(f"left out, by suffix: {dict(others)}")
     if not paths:
         fail(f"{folder}: no pictures there")
     return paths
@@ -251,7 +251,7 @@ def read_caption(path):
     meta = json.loads(read_beside(path, ".json") or "{}")
     if not isinstance(meta, dict):
         meta = {}
-    caption = read_beside(path, ".txt") or meta.get("caption")
+    caption = read_beside(path, ".txt").strip() or meta.get("caption")
     scores = [value for key, value in meta.items()
               if key.lower().startswith("aesthetic") and type(value) in (int, float)]
     return caption.strip() if isinstance(caption, str) else "", scores[0] if scores else None
@@ -260,7 +260,7 @@ def read_caption(path):
 def read_beside(path, suffix):
     """The text in the file beside a picture that ends in `suffix`, or "": UTF-8, or UTF-16."""
     for name in (path.with_suffix(suffix), path.with_suffix(suffix.upper())):
-        if name.is_file():
+        if os.path.isfile(name):
             content = name.read_bytes()
             wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
             return content.decode("utf-16" if wide else "utf-8-sig", "replace").replace("\0", "")
@@ -341,7 +341,7 @@ def main(s):
     sources = range(s.count)
     if s.images != "synthetic":
         sources = find_pictures(s.images, Path(s.run, "data"))
-    # Of a small folder five pictures, or a quarter.
+    # Of a small folder five files, or a quarter, before any is rejected.
     numbers = sorted(name_number(source, s) for source in sources)
     val_below = max(s.val_share, numbers[min(5, len(numbers) // 4)])
     lists = {"train": [], "val": [], "rejected": []}
@@ -351,15 +351,12 @@ def main(s):
                         num_workers=min(s.workers, os.cpu_count()))
     folder = Path(s.run, "data")
     with alone(folder / "rejected.jsonl"):
-        try:
-            for name, line in tqdm(loader, unit="picture"):
-                lists[name].append(json.dumps(line, ensure_ascii=False) + "\n")
-        except OSError as error:
-            fail(f"{str(error).splitlines()[-1]}; the same command goes on from here")
+        for name, line in tqdm(loader, unit="picture"):
+            lists[name].append(json.dumps(line, ensure_ascii=False) + "\n")
         write_text(folder / "rejected.jsonl", "".join(lists["rejected"]))
         print(f"{folder}: " + ", ".join(f"{name} {len(lines)}" for name, lines in lists.items()))
         if not lists["train"] or not lists["val"]:
-            fail("train or val is empty (see rejected.jsonl): give more pictures")
+            fail("train or val is empty: see rejected.jsonl, give more pictures or --val-share")
         for split in ("train", "val"):
             write_text(folder / split / "metadata.jsonl", "".join(sorted(lists[split])))
 
@@ -383,13 +380,15 @@ def needs(what):
 
 
 def start(main, Settings, presets, doc):
-    """main(settings), with the settings of the command line."""
+    """main() with the command line's settings."""
     try:
         main(parse_cli(Settings, presets, doc))
+    except OSError as error:  # a disk that is full, or gone
+        fail(str(error).splitlines()[-1])
     except RuntimeError as error:
         if not re.search("out of memory|allocate memory", str(error)):
             raise
-        fail("out of memory: train with --accumulate 2 (4, ...), measure at a smaller --size")
+        fail("out of memory: train with --accumulate 2, 4, ..., measure at a smaller --size")
 
 
 def flag(name):
@@ -410,7 +409,7 @@ def parse_cli(Settings, presets, doc, argv=None):
         if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(field.type) is tuple:
-            options = {"type": typing.get_args(field.type)[0], "nargs": "*"}
+            options = {"type": typing.get_args(field.type)[0], "nargs": "*", "action": "extend"}
         elif typing.get_origin(field.type) is typing.Literal:
             options = {"choices": typing.get_args(field.type)}
         note = f"{notes.get(field.name, '')} [{field.default}]".replace("%", "%%")
@@ -420,8 +419,8 @@ def parse_cli(Settings, presets, doc, argv=None):
     may_be_0 = {"seed", "workers", "warmup", "pictures", "attention_levels", "refiner_blocks"}
     for name, value in given.items():
         for number in value if isinstance(value, list) else [value]:
-            zero = type(number) is float or name in may_be_0
-            if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and zero):
+            least = 0 if type(number) is float or name in may_be_0 else 1
+            if type(number) in (int, float) and not least <= number < math.inf:
                 fail(f"{flag(name)} {number} is out of range")
     preset = given.pop("preset")
     values = {"run": f"runs/{preset}"} | presets[preset] | given
@@ -473,7 +472,8 @@ def pick_device(s):
     torch.backends.cudnn.benchmark = True  # crops have one size
     if s.device == "auto" and torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
-    return torch.device("cpu" if s.device == "auto" else s.device)
+    with needs(f"--device {s.device}"):
+        return torch.zeros(1, device="cpu" if s.device == "auto" else s.device).device
 
 
 def seed_step(s, stage, step):
@@ -504,7 +504,7 @@ def save(path, state, s, step, milestone, **about):
         raise SystemExit(128 + INTERRUPTS[0])
 
 
-NOT_FINITE = "what is saved is good: go on from there with a lower --lr, or --precision fp32"
+NOT_FINITE = "go on from what is saved with a lower --lr and --muon-lr, or --precision fp32"
 
 
 def resume(path, state, s, stage, parent=""):
@@ -514,8 +514,9 @@ def resume(path, state, s, stage, parent=""):
     if path.exists():
         with needs(f"{path} cannot be read: remove it, or take another --run"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            settings = checkpoint["settings"]
         for name, now in asdict(s).items():
-            before = checkpoint["settings"].get(name)
+            before = settings.get(name, now)
             if now != before and name not in FREE and (name != "steps" or s.lr_decay > 0):
                 fail(f"{path} was begun with {flag(name)} {before}: keep it, or take another --run")
         if checkpoint["parent"] != parent:

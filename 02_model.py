@@ -134,8 +134,8 @@ class Upsample(nn.Module):  # not in the paper: nearest neighbor, as in MoVQGAN
         self.conv = conv3x3(channels, channels, a)
 
     def forward(self, x):  # (b, c, h, w)
-        x = x[..., None, :, None].expand(-1, -1, -1, 2, -1, 2)  # (b, c, h, 2, w, 2)
-        return self.conv(x.flatten(4).flatten(2, 3))  # (b, c, 2h, 2w)
+        x = x.movedim(1, -1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)  # (b, h, 2, w, 2, c)
+        return self.conv(x.flatten(3, 4).flatten(1, 2).movedim(-1, 1))  # (b, c, 2h, 2w)
 
 
 class Level(nn.Module):
@@ -278,7 +278,7 @@ def read_checkpoint(path):
     """The dict in a checkpoint, ours or others'; or stops, and says why."""
     path = Path(path)
     if path.is_dir():
-        data.fail(f"{path} is a folder; what diffusers saved is read as diffusers:{path}")
+        data.fail(f"{path} is a folder; 06 and 07 read diffusers:{path}")
     if not path.is_file():
         ours = {"vae.pt": "04_train_vae.py", "dit.pt": "07_train_dit.py"}.get(path.name)
         data.fail(f"{path} is missing" + (f": run {ours} first" if ours else ""))
@@ -303,14 +303,14 @@ class Stub(dict):
         return super().__new__(cls)
 
     def __init__(self, *args):
-        super().__init__()
+        pass
 
     def __setstate__(self, state):
         pass
 
 
 def load_vae(path, device="cpu", adapt=None):
-    """A VAE in eval mode: a checkpoint of 04 or 05 (EMA weights), a file with CompVis's names, or
+    """A VAE in eval mode: of 04 or 05 (EMA weights), of a file with CompVis's names, or
     diffusers:FOLDER_OR_ID[@SUBFOLDER]. Stops where a weight does not fit."""
     if str(path).startswith("diffusers:"):
         return Diffusers(str(path).removeprefix("diffusers:")).to(device).eval()
@@ -319,13 +319,13 @@ def load_vae(path, device="cpu", adapt=None):
 
 def build_vae(checkpoint, path, adapt=None):
     """The VAE in a checkpoint. adapt(vae, checkpoint) may change it before it is filled."""
-    if "architecture" in checkpoint:
-        a = Architecture(**checkpoint["architecture"])
-        weights = checkpoint["ema"]
-    else:
-        weights = compvis_weights(checkpoint)
-        a = compvis_architecture(weights, path)
     with data.needs(f"{path} is not an autoencoder that load_vae knows"):
+        if "architecture" in checkpoint:
+            a = Architecture(**checkpoint["architecture"])
+            weights = checkpoint["ema"]
+        else:
+            weights = compvis_weights(checkpoint)
+            a = compvis_architecture(weights, path)
         vae = VAE(a)
         if adapt:
             adapt(vae, checkpoint)
@@ -353,7 +353,7 @@ def compvis_architecture(weights, path):
     blocks = [name for name in sizes if re.fullmatch(r"encoder\.down\.0\.block\.\d\.conv1", name)]
     if not firsts or not {"encoder.conv_in", "encoder.conv_out"} <= sizes.keys():
         data.fail(f"{path} is not an autoencoder with CompVis's names (encoder.conv_in, ...): "
-                  "diffusers:FOLDER takes what that package can read")
+                  "06 and 07 read diffusers:FOLDER")
     width = sizes["encoder.conv_in"]
     return Architecture(
         width=width,

@@ -44,7 +44,7 @@ class Training(data.TrainingRun):
     crop: int = 240             # Sec. 5.1: side of a crop
     lr: float = 1e-4            # Table 2 (VAE); not in the paper: the discriminator's too
     ema_decay: float = 0.9999   # Table 2
-    # bf16: the VAE alone under autocast; weights and losses stay FP32, on a GPU with TF32 products
+    # bf16: the VAE alone under autocast; weights and losses stay FP32, with TF32 products
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # Table 2: FP32
     steps: int = 1_000_000      # not in the paper: MoVQGAN took 1.3 to 2.4 million
     batch: int = 64             # not in the paper: MoVQGAN took 8 to 20 on each GPU
@@ -160,8 +160,8 @@ def train(s, stage, out, vae, disc, compute=compute_losses, parent="", fresh=Tru
 
 def load_crops(s, stage, step, vae):
     """Parts of batches after `step`, uint8 (b, 3, crop, crop). Crops are numbered over steps."""
-    if s.crop % vae.multiple:
-        data.fail(f"--crop {s.crop} must be a multiple of {vae.multiple}")
+    if s.crop % vae.multiple or s.crop < 32:
+        data.fail(f"--crop {s.crop} must be a multiple of {vae.multiple}, and 32 at least")
     crops = data.Crops(s.run, s.crop, stage, s.seed)
     numbers = range(step * s.batch, s.steps * s.batch)
     data.listen()
@@ -169,13 +169,13 @@ def load_crops(s, stage, step, vae):
 
 
 def compile_parts(parts, s, device):
-    """Compile modules in place, on CUDA. Where no compiler works, say so and go on."""
+    """Compile modules in place, on CUDA, if a compiler works."""
     if not s.compile or device.type != "cuda":
         return
     try:
         torch.compile(torch.sin)(torch.zeros(9, device=device))
     except Exception as error:
-        print(f"not compiled ({str(error).splitlines()[0][:200]})")
+        print(f"not compiled ({' '.join(str(error).split())[:200]})")
         return
     # Channels last, which Inductor would turn off for this network in training.
     torch._inductor.config.force_layout_optimization = True
@@ -236,7 +236,7 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[w]["momentum"] for w in weights]
         torch._foreach_lerp_(momenta, gradients, 0.05)
         ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov's look ahead
-        # Weights of one shape go together: a GPU would wait for so many small calls.
+        # All of one shape at once: a GPU would wait for many small calls.
         shapes = collections.defaultdict(list)
         for i, w in enumerate(weights):
             shapes[w.shape].append(i)

@@ -1,6 +1,6 @@
 """Stage 5 of VIVAT: freeze the encoder, train the decoder further.
 
-Reads   RUN/data; RUN/vae.pt (04_train_vae.py), or with --vae any file that load_vae reads.
+Reads   RUN/data; RUN/vae.pt (04_train_vae.py), or with --vae any file that 02 reads.
 Writes  RUN/vae_finetuned.pt, or with --denoising RUN/vae_denoising.pt; the rest as 04.
 Paper   Sec. 5.3; Sec. 5.2 names it as a cure of the color shift.
 
@@ -256,16 +256,11 @@ def load_vae(path, device="cpu"):
 
 # ---- main
 
-def refuse_idle_flags(s):
-    """Stop where a flag would change nothing: no preset of this stage sets these."""
-    denoising = [] if s.denoising == "no" else ["gan_loss"]
-    for name in ["lambda_kl", "lambda_ve", *denoising]:
+def main(s):
+    idle = ["lambda_kl", "lambda_ve"] + ["gan_loss"] * (s.denoising != "no")
+    for name in idle:
         if getattr(s, name) != getattr(Settings, name):
             data.fail(f"{data.flag(name)} changes nothing here")
-
-
-def main(s):
-    refuse_idle_flags(s)
     device = data.pick_device(s)
     source = Path(s.vae or Path(s.run, "vae.pt"))
     checkpoint = model.read_checkpoint(source)

@@ -157,7 +157,7 @@ def activation_norms(vae, z):
     blocks = (model.ResBlock, model.AttnBlock, model.Upsample, finetuning.UnetBlock)
     hooks = [module.register_forward_hook(functools.partial(keep, name))
              for name, module in getattr(vae, "decoder", vae).named_modules()
-             if isinstance(module, blocks) or name in ("conv_in", "conv_out")]
+             if isinstance(module, blocks) or name.endswith("conv_in")]
     vae.decode(z)
     for hook in hooks:
         hook.remove()
@@ -166,8 +166,8 @@ def activation_norms(vae, z):
 
 @torch.no_grad()
 def latent_report(vae, pictures):
-    """What the latents of some pictures (1, 3, h, w) are like, and the PSNR that is left with noise
-    on them, in units of each channel's deviation."""
+    """What the latents of some pictures (1, 3, h, w) are like, and the PSNR with noise on them, in
+    units of each channel's deviation."""
     posteriors = [vae.encode(x) for x in pictures]
     mu = torch.cat([q.mu for q in posteriors]).cpu().double()  # (n, k, h/f, w/f)
     variance = mu.var((0, 2, 3))  # (k,)
@@ -195,7 +195,7 @@ def latent_report(vae, pictures):
 # A function for each kind, from a picture (1, 3, h, w) in [-1, 1] to its reconstruction.
 
 def bicubic(factor, x):
-    small = F.interpolate(x, scale_factor=1 / factor, mode="bicubic", antialias=True)
+    small = F.interpolate(x, size=x.shape[2] // factor, mode="bicubic", antialias=True)
     return F.interpolate(small, size=x.shape[2:], mode="bicubic")
 
 
@@ -277,11 +277,11 @@ def evaluate(spec, reconstruct, vae, s, device, perceptual, paths):
         row["rfid"] = fid.compute().item()
     if vae is None:
         return {"row": row, "shown": shown}
-    norms = activation_norms(vae, vae.encode(pictures[0]).mu)
-    if norms:  # Fig. 3, the largest
-        row["peak"] = max(v.max().item() for v in norms.values())
+    norms = [activation_norms(vae, vae.encode(x).mu) for x in pictures]
+    if norms[0]:  # Fig. 3, the largest
+        row["peak"] = sum(max(v.max().item() for v in n.values()) for n in norms) / len(norms)
     row["latents"] = latent_report(vae, pictures)
-    return {"row": row, "shown": shown, "norms": norms}
+    return {"row": row, "shown": shown, "norms": norms[0]}
 
 
 # ---- tables and pictures
@@ -297,11 +297,11 @@ def table(rows):
 Means over pictures: shorter side to the size by antialiased bicubic, the middle. EMA weights where
 a file has them, the posterior's mean, 8 bits. PSNR in dB; untrained features are not LPIPS. Without
 artifacts color shift and droplet read 0, grid, blur and corner 1. peak (Fig. 3): the largest norm
-of activations over a layer's median.""")
+of activations over its layer's median, for the first 16.""")
     for row in rows:
         if "latents" in row:
             inside = {k: v for k, v in row["latents"].items() if not isinstance(v, list)}
-            lines.append(f"\n{row['name']}: {json.dumps(inside)}")
+            lines.append(f"\n{row['name']}, {row['of']}: {json.dumps(inside)}")
     return "\n".join(lines) + "\n"
 
 
@@ -331,7 +331,7 @@ def draw(run, results):
 
 def main(s):
     if s.size < 64:
-        data.fail(f"--size {s.size} must be at least 64: meters look inside a frame of 16 pixels")
+        data.fail("--size must be 64 at least: meters look inside a frame of 16 px")
     run = Path(s.run)
     usual = [run / name for name in ("vae.pt", "vae_finetuned.pt", "vae_denoising.pt")]
     specs = s.vae or [str(path) for path in usual if path.is_file()]
@@ -340,20 +340,20 @@ def main(s):
     if s.images:
         paths = data.find_pictures(s.images)
     else:
-        paths = [picture["file"] for picture in data.read_list(s.run, "val", 1)]
+        paths = [picture["file"] for picture in data.read_list(s.run, "val", s.size)]
     paths = paths[:s.pictures or None]
     if s.fid and len(paths) < 2:
         data.fail("--fid needs more than one picture")
     device = data.pick_device(s)
     models = [open_model(spec, device) for spec in specs]  # all, before work begins
     perceptual = losses.Perceptual(s.perceptual_net).to(device)
-    rows = {}
-    if Path(run, "eval.json").is_file():
-        rows = json.loads(Path(run, "eval.json").read_text())
     results = []
     for spec, (reconstruct, vae) in zip(specs, models):
         results.append(evaluate(spec, reconstruct, vae, s, device, perceptual, paths))
         row = results[-1]["row"]
+        rows = {}
+        if Path(run, "eval.json").is_file():
+            rows = json.loads(Path(run, "eval.json").read_text())
         rows[f"{row['name']}, {row['of']}"] = row
         # Written after each model, so that nothing measured is lost.
         data.write_text(run / "eval.json", json.dumps(rows))

@@ -21,7 +21,7 @@ import importlib
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -232,7 +232,7 @@ class DiT(nn.Module):
         columns = torch.arange(x.shape[3] // p, device=x.device)
         row, column = torch.cartesian_prod(rows, columns).unbind(1)  # (n,)
         angles = rope_angles(self.a.rope_axes, 0 * row, row, column)  # a picture is frame 0
-        x = self.patches(F.pixel_unshuffle(x, p).flatten(2).mT)  # (b, n, d)
+        x = self.patches(F.pixel_unshuffle(x, p).flatten(2).mT).float()  # (b, n, d)
         if self.a.absolute:
             sines = rope_angles([self.a.width // 2] * 2, row, column)  # (n, d / 2)
             x = x + torch.cat([sines.cos(), sines.sin()], 1)
@@ -280,7 +280,7 @@ TEMPLATE = ("<|im_start|>system\nYou are a promt engineer. Describe the image by
 def load_whole(kind, name, dtype):
     """A model of transformers, which would only warn of weights that a file lacks."""
     net, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if "visual" not in key]
+    missing = [key for key in report["missing_keys"] if "visual." not in key]
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights: {', '.join(missing[:3])}")
     return net.eval()
@@ -301,7 +301,7 @@ class QwenClip:  # not in the paper: which of their states; as in K5
 
     @torch.no_grad()
     def __call__(self, prompts):
-        # With causal attention and padding on the right, no token sees what is padded.
+        # Causal attention, padded on the right: no token sees the padding.
         texts = [TEMPLATE + prompt + "<|im_end|>" for prompt in prompts]
         q = self.qwen_tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
                                 max_length=self.start + self.length).to(self.device)
@@ -404,7 +404,7 @@ def encode_all(s, vae, key, files, device):
         # not in the paper: one sample of the posterior, not a new one each time
         sample = vae.encode(x).sample().half()  # (2, k, h, w)
         if not sample.isfinite().all():
-            data.fail(f"{files[i]}: latents are not finite, --vae is of no use")
+            data.fail(f"{files[i]}: latents are not finite")
         z[i] = sample.cpu()
     return z
 
@@ -422,6 +422,8 @@ def train(s, vae, vae_path, device):
     frozen = QwenClip(s, device) if s.text_encoder == "qwen-clip" else None
     score = clip_scorer(s.clip_score, device) if s.clip_score else None
     training.part_size(s)
+    if s.width % sum(s.rope_axes) or any(n % 2 for n in s.rope_axes):
+        data.fail(f"--width {s.width} must be a multiple of the even --rope-axes' sum")
     net = DiT(data.pick(Network, s)).to(device)
     ema = copy.deepcopy(net).eval()
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
@@ -489,7 +491,7 @@ def clip_scorer(name, device):
     features. ([16] has 2.5 for 100, and writes "A photo depicts" before each prompt.)"""
     with data.needs(f"--clip-score {name} needs pip install transformers, and that model"):
         from transformers import CLIPModel, CLIPProcessor
-        clip = CLIPModel.from_pretrained(name).to(device).eval()
+        clip = load_whole(CLIPModel, name, torch.float32).to(device)
         processor = CLIPProcessor.from_pretrained(name)
 
     @torch.no_grad()
@@ -511,10 +513,9 @@ def draw_samples(s, device):
     """RUN/sample.png: the prompts in --sample, from dit.pt and the VAE that it names."""
     checkpoint = model.read_checkpoint(Path(s.run, "dit.pt"))
     vae = finetuning.load_vae(s.vae or checkpoint["vae"], device)
-    names = ("run", "sample", "seed", "sample_steps", "guidance", "shift", "qwen", "clip")
-    # As in training, but for what differs from the defaults.
-    given = {n: getattr(s, n) for n in names if getattr(s, n) != getattr(Settings, n)}
-    s = Settings(**checkpoint["settings"] | given)
+    own = {"run", "sample", "seed", "sample_steps", "guidance", "shift"}
+    own |= {n for n in ("qwen", "clip") if getattr(s, n) != getattr(Settings, n)}
+    s = replace(s, **{n: v for n, v in checkpoint["settings"].items() if n not in own})
     net = DiT(data.pick(Network, s)).to(device).eval()
     net.load_state_dict(checkpoint["ema"])
     tiles = draw(net, vae, net.bytes or QwenClip(s, device), s.sample, s)

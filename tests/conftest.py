@@ -42,9 +42,9 @@ DIT = NETWORK | dict(size=48, batch=8, lr=1e-3, warmup=2, ema_decay=0.9, precisi
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A run folder with 24 scenes of shorter side 48 in data/."""
+    """A run folder with 24 scenes of shorter side 64 in data/."""
     run = tmp_path_factory.mktemp("prepared")
-    data.main(data.Settings(run=str(run), count=24, min_side=48, resize=48, val_share=0.3,
+    data.main(data.Settings(run=str(run), count=24, min_side=64, resize=64, val_share=0.3,
                             workers=0))
     return run
 

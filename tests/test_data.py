@@ -119,8 +119,8 @@ def test_a_disk_that_goes_away_rejects_nothing(workers, tmp_path, capfd, monkeyp
         raise OSError(errno.ESTALE, "Stale file handle", path)
 
     monkeypatch.setattr(Image, "open", stale)
-    assert "Stale file handle" in refused(lambda: data.main(settings(tmp_path, workers=workers)),
-                                          capfd)
+    monkeypatch.setattr(data, "parse_cli", lambda *words: settings(tmp_path, workers=workers))
+    assert "Stale file handle" in refused(lambda: data.start(data.main, 0, 0, 0), capfd)
     assert lists(tmp_path) == before
 
 

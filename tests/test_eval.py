@@ -96,7 +96,8 @@ def test_every_kind_of_model(run):
     assert found[2]["psnr"] == pytest.approx(losses.psnr(x, 0.5 * x).mean().item(), abs=1e-3)
     noise = found[0]["latents"]["psnr_under_noise"]
     assert noise["0.0"] == pytest.approx(found[0]["psnr"], abs=0.01)
-    evaluation.main(settings(run, vae=("bicubic:8",), pictures=2, size=96))
+    evaluation.main(settings(run, vae=("bicubic:8",), pictures=2, size=96,
+                             images=f"{run}/data/val"))
     evaluation.main(settings(run, vae=("bicubic:8",), pictures=2))  # takes its own row's place
     assert [row["of"].split(", ")[1] for row in rows(run)] == 4 * ["64 px"] + ["96 px"]
     text = (run / "eval.md").read_text()
@@ -127,7 +128,7 @@ def test_bad_models(run, capsys):
     assert "bicubic:100 fails" in stops("bicubic:100")
     assert "more than one picture" in stops("jpeg:9", fid=True, pictures=1)
     small_vae(run / "vae.pt")
-    assert "multiples of 8" in stops(size=68)
+    assert "multiples of 8" in stops(size=68, images=f"{run}/data/val")
     broken = checkpoint(run / "vae.pt")
     broken["ema"]["decoder.conv_out.bias"] += math.nan
     torch.save(broken, run / "nan.pt")

@@ -44,7 +44,7 @@ def test_after_signals(kind, number, run):
 
 
 @pytest.mark.parametrize("kind, more", [("vae", dict(width_mult=(1, 2))), ("plain", {}),
-                                        ("denoising", {}), ("dit", dict(size=24))])
+                                        ("denoising", {}), ("dit", dict(size=24, drop=0.7))])
 def test_compiled(kind, more, run, monkeypatch):
     """Encoder, and decoder or U-Net, are a graph each. All blocks of the DiT share one for the
     first length of prompts and one for any. Nothing breaks them, or makes them compile again."""
