@@ -86,7 +86,7 @@ def resize_shorter(im, side, how="bicubic"):
     """A PIL picture with a shorter side of `side`. Pillow's bicubic is antialiased."""
     scale = side / min(im.size)
     size = [round(length * scale) for length in im.size]
-    if max(size) > 16383:  # the longest side that WebP can store
+    if max(size) > 16383:  # WebP's limit
         raise ValueError(f"{im.width}x{im.height} is too narrow")
     return im.resize(size, Image.Resampling[how.upper()])
 

@@ -177,7 +177,7 @@ def compile_parts(parts, s, device):
     except Exception as error:
         print(f"not compiled ({' '.join(str(error).split())[:200]})")
         return
-    # Channels last, which Inductor would turn off for this network in training.
+    # Channels last, which Inductor would turn off for this network.
     torch._inductor.config.force_layout_optimization = True
     for part in parts:
         part.compile()

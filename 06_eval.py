@@ -287,7 +287,7 @@ def evaluate(spec, reconstruct, vae, s, device, perceptual, paths):
 # ---- tables and pictures
 
 def table(rows):
-    """eval.md: a row per model and set of pictures, how they were made, what was seen inside."""
+    """eval.md: a row per model and set of pictures, how they were made, what is inside."""
     names = list(dict.fromkeys(k for row in rows for k, v in row.items() if type(v) is float))
     lines = ["| model | pictures | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for row in rows:
@@ -352,10 +352,11 @@ def main(s):
         results.append(evaluate(spec, reconstruct, vae, s, device, perceptual, paths))
         row = results[-1]["row"]
         rows = {}
-        if Path(run, "eval.json").is_file():
-            rows = json.loads(Path(run, "eval.json").read_text())
+        if (run / "eval.json").is_file():
+            old = json.loads((run / "eval.json").read_text())
+            rows = {key: line for key, line in old.items() if "of" in line}
         rows[f"{row['name']}, {row['of']}"] = row
-        # Written after each model, so that nothing measured is lost.
+        # After each model, so that nothing measured is lost.
         data.write_text(run / "eval.json", json.dumps(rows))
         data.write_text(run / "eval.md", table(rows.values()))
     print(table(rows.values()))
