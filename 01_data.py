@@ -159,10 +159,11 @@ def find_pictures(folder, *but):
     others = collections.Counter()
     seen = {os.path.realpath(path) for path in but}
     for root, folders, files in os.walk(folder, onerror=print, followlinks=True):
-        if os.path.realpath(root) in seen:
+        real = os.path.realpath(root)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(root))
+        seen.add(real)
         # Less what systems leave: .Trash, ._name, @eaDir.
         folders[:] = sorted(f for f in folders if not f.startswith((".", "@eaDir", "__MACOSX")))
         for path in (Path(root, name) for name in sorted(files) if name[0] != "."):
@@ -338,9 +339,10 @@ def draw_figure(shape, width, height, x, y, radius, turn):
 def main(s):
     if not 0 < s.resize <= s.min_side:
         fail(f"--resize {s.resize} must lie between 1 and --min-side {s.min_side} (Sec. 5.1)")
+    folder = Path(s.run, "data")
     sources = range(s.count)
     if s.images != "synthetic":
-        sources = find_pictures(s.images, Path(s.run, "data"))
+        sources = find_pictures(s.images, folder)
     # Of a small folder five files, or a quarter, before any is rejected.
     numbers = sorted(name_number(source, s) for source in sources)
     val_below = max(s.val_share, numbers[min(5, len(numbers) // 4)])
@@ -349,7 +351,6 @@ def main(s):
     work = functools.partial(prepare, s=s, val_below=val_below)
     loader = DataLoader(sources, batch_size=None, collate_fn=work,
                         num_workers=min(s.workers, os.cpu_count()))
-    folder = Path(s.run, "data")
     with alone(folder / "rejected.jsonl"):
         for name, line in tqdm(loader, unit="picture"):
             lists[name].append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -85,7 +85,7 @@ def compute_losses(x, vae, disc, perceptual, s):
     adv = losses.adversarial_loss(fake, s.gan_loss)  # Eq. 5
     perc = perceptual(x, x_hat)  # Eq. 6
     vae_loss = losses.total_loss(kl, recon, adv, perc, s)  # Eq. 7
-    if s.lambda_ve > 0:
+    if s.lambda_ve > 0:  # a neighbor
         vae_loss = vae_loss + s.lambda_ve * losses.variance_expansion(z, logvar)
     return vae_loss, disc_loss, dict(total=vae_loss, kl=kl, recon=recon, adv=adv, perc=perc,
                                      disc=disc_loss, d_real=real.mean(), d_fake=fake.mean())
