@@ -79,8 +79,8 @@ def ssim(x, y):
 
 
 # ---- the five artifacts, metered
-# not in the paper: numbers for artifacts. The five that 03 makes are measured here, for one
-# original x and its reconstruction y, (1, 3, h, w) in 0..255.
+# not in the paper: a number for each, of an original x and its reconstruction y, (1, 3, h, w) in
+# 0..255.
 
 def color_shift(x, y):
     """Gray levels by which colors have moved: blind to spots, lines and frames. 0 is ideal."""
@@ -90,8 +90,8 @@ def color_shift(x, y):
 
 def grid(x, y):
     """Mean step of the error between neighbors at each of 8 columns (rows) modulo 8, the largest
-    divided by the median: lines or blocks every 8 pixels, one latent at f = 8. 1 is ideal. It is
-    divided by the same of x, since stripes raise it."""
+    divided by the median, and by the same of x, since stripes raise it: lines or blocks every 8
+    pixels, one latent at f = 8. 1 is ideal."""
     def worst(v):
         steps = v.diff().abs().mean((0, 1))  # (w - 1,)
         phases = steps[:len(steps) // 8 * 8].view(-1, 8).mean(0)  # (8,)
@@ -112,18 +112,20 @@ def blur(x, y):
 
 
 def corner(x, y):
-    """Squared error in the 16 px frame divided by that inside it. Above 1 is the artifact."""
-    error = (y - x).square().mean(1)[0]  # (h, w)
+    """Squared error in the 16 px frame over that inside it. Above 1 is the artifact."""
+    error = y - x
+    error = error - error.flatten(2).median(2).values[..., None, None]  # that all of it shares
+    error = error.square().mean(1)[0]  # (h, w)
     inside = error[16:-16, 16:-16]
     frame = (error.sum() - inside.sum()) / (error.numel() - inside.numel())
-    return (frame + 1) / (inside.mean() + 1)  # an error of one gray level is no artifact
+    return (frame + 1) / (inside.mean() + 1)  # one gray level is no artifact
 
 
 def droplet(x, y):
     """Gray levels by which the brightest spot of y, 9 px wide, stands above all of x near it, less
-    five deviations of the error: a droplet is one of its kind. 0 is ideal."""
+    five deviations of the error. 0 is ideal."""
     error = gray(y) - gray(x)
-    error = error - error.median()  # that all of the picture shares
+    error = error - error.median()  # that all of it shares
     deviation = F.avg_pool2d(error, 9, stride=1).abs().median() / 0.674  # of a Gaussian
     excess = gray(x) + error - F.max_pool2d(gray(x), 19, stride=1, padding=9)
     spot = F.avg_pool2d(excess, 9, stride=1).max()
