@@ -69,13 +69,13 @@ def distance(artifact, reading):
 
 
 def verdict(artifact, table):
-    """Whether each seed without the cure is worse than all with it, and the meter's readings."""
+    """Whether each seed without the cure is worse than all with it; the flag, and the readings."""
     rows = (ARTIFACTS[artifact], "none", "all")
     readings = [[table[f"{row}-{seed}"][artifact] for seed in SEEDS] for row in rows]
     away = [[distance(artifact, reading) for reading in row] for row in readings]
     shows = "shows" if min(away[0]) > max(away[2]) else "does not show here"
     words = [" and ".join(f"{reading:.3g}" for reading in row) for row in readings]
-    return [f"{artifact} ({rows[0]}): {shows}", *words]
+    return [f"{artifact}: {shows}", f"{ROWS[rows[0]]} {words[0]}", *words[1:]]
 
 
 @torch.no_grad()
