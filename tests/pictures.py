@@ -1,4 +1,4 @@
-"""Pictures in the forms in which people have them, and with noise."""
+"""Pictures in the forms in which people have them, and with noise; how ill a picture is."""
 import io
 
 import numpy as np
@@ -60,3 +60,10 @@ def spoilt(pictures, smooth):
     noise = noise / noise.std((1, 2, 3), keepdim=True)
     for psnr in (32, 22, 16):
         yield pictures + 2 * 10 ** (-psnr / 20) * noise
+
+
+def unhealthy(artifact, reading):
+    """How far 06's meter of an artifact is from ideal, in units of what we call healthy."""
+    ideal, edge = {"color shift": (0, 4), "grid": (1, 1.1), "blur": (1, 0.9), "corner": (1, 2),
+                   "droplet": (0, 8)}[artifact]
+    return max((reading - ideal) / (edge - ideal), 0)

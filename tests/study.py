@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pictures import unhealthy
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 data, model, losses, evaluation = [importlib.import_module(name) for name in (
@@ -62,17 +64,11 @@ def print_table(table):
         print("| " + " | ".join([row, *cells]) + " |")
 
 
-def distance(artifact, reading):
-    """Of a meter's reading from its ideal. A corner below 1 is no artifact."""
-    ideal = 0 if artifact in ("color shift", "droplet") else 1
-    return max(reading - ideal, 0 if artifact == "corner" else ideal - reading)
-
-
 def verdict(artifact, table):
     """Whether each seed without the cure is worse than all with it; the flag, and the readings."""
     rows = (ARTIFACTS[artifact], "none", "all")
     readings = [[table[f"{row}-{seed}"][artifact] for seed in SEEDS] for row in rows]
-    away = [[distance(artifact, reading) for reading in row] for row in readings]
+    away = [[unhealthy(artifact, reading) for reading in row] for row in readings]
     shows = "shows" if min(away[0]) > max(away[2]) else "does not show here"
     words = [" and ".join(f"{reading:.3g}" for reading in row) for row in readings]
     return [f"{artifact}: {shows}", f"{ROWS[rows[0]]} {words[0]}", *words[1:]]
@@ -87,13 +83,15 @@ def reconstructions(runs, row, pictures):
 
 def worst_piece(artifact, x, without, none, cured):
     """(how much worse the meter gets, and the error in one piece without the cure, top, left)"""
-    readings = [distance(artifact, evaluation.METERS[artifact](x[None], y[None]).item())
-                for y in (without, none, cured)]
-    fine = evaluation.fine if artifact in ("grid", "blur") else torch.clone
-    errors = [fine(y - x).square().mean(0, keepdim=True) for y in (without, cured)]
-    excess = F.avg_pool2d(errors[0] - errors[1], PIECE, stride=8)[0]
+    ill = [unhealthy(artifact, evaluation.METERS[artifact](x[None], y[None]).item())
+           for y in (without, none, cured)]
+    errors = [y - x for y in (without, cured)]
+    if artifact in ("grid", "blur"):  # which are in the fine detail
+        errors = [evaluation.fine(error) for error in errors]
+    excess = errors[0].square() - errors[1].square()  # (3, side, side)
+    excess = F.avg_pool2d(excess, PIECE, stride=8).mean(0)
     top, left = divmod(excess.argmax().item(), excess.shape[1])
-    return max(readings[:2]) - readings[2], excess.max().item(), 8 * top, 8 * left
+    return max(ill[:2]) - ill[2], excess.max().item(), 8 * top, 8 * left
 
 
 def draw(runs, pictures, table):
@@ -104,7 +102,7 @@ def draw(runs, pictures, table):
     for artifact, row in ARTIFACTS.items():
         found = []
         for i, views in enumerate(zip(pictures, done[row], done["none"], done["all"])):
-            found.append((*worst_piece(artifact, *views), i, views))
+            found.append((*worst_piece(artifact, *views), i, views))  # i decides a tie
         _, _, top, left, _, views = max(found)
         pieces = [views[k][:, top:top + PIECE, left:left + PIECE] for k in (0, 1, 3)]
         for tile in [*views, *pieces]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import (ROOT, checkpoint, data, evaluation, finetuning, losses, model, refused,
                       small_vae)
-from pictures import spoilt
+from pictures import spoilt, unhealthy
 
 
 def settings(run, **more):
@@ -44,12 +44,9 @@ def test_ssim_is_its_definition():
 
 
 def reaction(name, x, y):
-    """How far a meter's mean reading is from ideal, in units of what we call healthy."""
+    """How unhealthy a meter's mean reading of some pictures is."""
     meter = evaluation.METERS[name]
-    reading = np.mean([meter(x[i:i + 1], y[i:i + 1]).item() for i in range(len(x))])
-    ideal, edge = {"color shift": (0, 4), "grid": (1, 1.1), "blur": (1, 0.9), "corner": (1, 2),
-                   "droplet": (0, 8)}[name]
-    return max((reading - ideal) / (edge - ideal), 0)
+    return unhealthy(name, np.mean([meter(a[None], b[None]).item() for a, b in zip(x, y)]))
 
 
 def test_meters_know_their_artifact():
