@@ -316,18 +316,16 @@ class QwenClip:  # not in the paper: which of their states; as in K5
 # ---- objective and sampler
 # not in the paper: rectified flow; K5. For who never met it:
 # - The line. x_t = (1 - t) x + t noise lies on a straight line from latents x (t = 0) to noise.
-# - Its derivative, the velocity dx_t/dt = noise - x, is the same all along the line. The network
+# - Its derivative, the velocity dx_t/dt = noise - x, is constant on the line. The network
 #   sees x_t, t and the prompt, and is asked for it.
 # - The average. Many lines, between other pictures and other noise, cross at x_t. Of all answers
 #   their average velocity has the smallest mean square error, so that is what is learned. Points
-#   that follow it from noise are at each t distributed as x_t is, so they end in pictures. And
-#   not in a blur: at t = 1 the average points at the mean of all pictures, but after a step fewer
-#   pictures fit, and the next average is more definite.
+#   that follow it from noise are at each t distributed as x_t is, so they end in pictures. Not in
+#   a blur: at t = 1 it points at the mean of all pictures, but then ever fewer fit.
 # - Euler's method follows the bent path: x becomes x + (t' - t) v, with t' < t, from t = 1 to 0.
-# - Both shifts move times towards noise, where a picture's layout is decided: t_shift those that
-#   are trained on, shift those at which Euler stops.
+# - t_shift (in training) and shift (in drawing) move times to noise, where layout is decided.
 # - Guidance: v_empty + guidance * (v - v_empty) exaggerates what the prompt adds to the velocity
-#   without one, which is learned where `drop` left the prompt out.
+#   without one, which is learned where `drop` leaves it out.
 
 def flow_loss(net, x, noise, t, text):
     """Squared error of the velocity, mean over a batch: x and noise (b, k, h, w), t (b,)."""
@@ -428,7 +426,8 @@ def train(s, vae, vae_path, device):
     ema = copy.deepcopy(net).eval()
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,
                               weight_decay=s.weight_decay, fused=device.type != "mps")  # Table 4
-    inside = [*net.refiner.parameters(), *net.blocks.parameters()]
+    # On modulation Muon costs more than it gains.
+    inside = [w for name, w in net.named_parameters() if re.search("attention|feed", name)]
     optimizers = training.make_optimizers(net.parameters(), inside, adamw, s.muon_lr)
     state = dict(model=net, ema=ema, **optimizers)
     files = [picture["file"] for picture in pictures]
@@ -471,7 +470,8 @@ def batch_loss(net, encode_text, latents, pictures, s):
     mirrored = torch.randint(2, (b,))  # not in the paper: mirroring
     x = latents[number, mirrored].to(device).float()
     x = (x - net.latent_mean) / net.latent_std
-    t = shifted(torch.sigmoid(torch.randn(b)), s.t_shift).to(device)  # as in SD 3
+    share = (torch.arange(b) + torch.rand(b)) / b  # spread evenly
+    t = shifted(torch.sigmoid(torch.special.ndtri(share)), s.t_shift).to(device)
     dropped = torch.rand(b) < s.drop
     prompts = ["" if d else pictures[i]["text"] for i, d in zip(number, dropped)]
     text = encode_text(prompts)
