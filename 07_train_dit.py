@@ -97,8 +97,8 @@ PRESETS = {
         text_length=64, steps=20_000, batch=256, lr=3e-4, ema_decay=0.999),
     "demo": SCENES | dict(
         width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, rope_axes=(8, 12, 12),
-        text_width=64, pooled_width=64, text_length=32, size=96, steps=1600, batch=32, lr=2e-3,
-        muon_lr=0.02, lr_decay=0.7, t_shift=4.0, warmup=100, ema_decay=0.99, precision="fp32",
+        text_width=64, pooled_width=64, text_length=32, size=96, steps=2200, batch=32, lr=2e-3,
+        muon_lr=0.02, lr_decay=0.7, t_shift=3.0, warmup=100, ema_decay=0.99, precision="fp32",
         workers=0, compile=False, val_every=400, sample_steps=16, guidance=4.0, shift=6.0),
 }
 
@@ -321,9 +321,10 @@ class QwenClip:  # not in the paper: which of their states; as in K5
 # - The average. Many lines, between other pictures and other noise, cross at x_t. Of all answers
 #   their average velocity has the smallest mean square error, so that is what is learned. Points
 #   that follow it from noise are at each t distributed as x_t is, so they end in pictures. Not in
-#   a blur: at t = 1 it points at the mean of all pictures, but then ever fewer fit.
+#   a blur: at t = 1 it points at the mean of all pictures, but after each step fewer fit.
 # - Euler's method follows the bent path: x becomes x + (t' - t) v, with t' < t, from t = 1 to 0.
-# - t_shift (in training) and shift (in drawing) move times to noise, where layout is decided.
+# - Both shifts move times towards noise, where a picture's layout is decided: t_shift those that
+#   are trained on, shift those at which Euler stops.
 # - Guidance: v_empty + guidance * (v - v_empty) exaggerates what the prompt adds to the velocity
 #   without one, which is learned where `drop` leaves it out.
 
@@ -470,8 +471,7 @@ def batch_loss(net, encode_text, latents, pictures, s):
     mirrored = torch.randint(2, (b,))  # not in the paper: mirroring
     x = latents[number, mirrored].to(device).float()
     x = (x - net.latent_mean) / net.latent_std
-    share = (torch.arange(b) + torch.rand(b)) / b  # spread evenly
-    t = shifted(torch.sigmoid(torch.special.ndtri(share)), s.t_shift).to(device)
+    t = shifted(torch.sigmoid(torch.randn(b)), s.t_shift).to(device)  # as in SD 3
     dropped = torch.rand(b) < s.drop
     prompts = ["" if d else pictures[i]["text"] for i, d in zip(number, dropped)]
     text = encode_text(prompts)
