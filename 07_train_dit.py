@@ -97,7 +97,7 @@ PRESETS = {
         text_length=64, steps=20_000, batch=256, lr=3e-4, ema_decay=0.999),
     "demo": SCENES | dict(
         width=128, ff_width=512, time_width=128, blocks=4, refiner_blocks=1, rope_axes=(8, 12, 12),
-        text_width=64, pooled_width=64, text_length=32, size=96, steps=2200, batch=32, lr=2e-3,
+        text_width=64, pooled_width=64, text_length=32, size=96, steps=2600, batch=32, lr=2e-3,
         muon_lr=0.02, lr_decay=0.7, t_shift=3.0, warmup=100, ema_decay=0.99, precision="fp32",
         workers=0, compile=False, val_every=400, sample_steps=16, guidance=4.0, shift=6.0),
 }
