@@ -2,7 +2,7 @@
 
     python tests/study.py ~/Pictures/many ~/Pictures/unseen runs/study
 
-Seven rows, two seeds, several at a time: 12 minutes on an H100, two hours on two cores. The same
+Seven rows, two seeds, several at a time: minutes on a large GPU, two hours on two cores. The same
 command goes on where it stopped. 06 measures them on UNSEEN, RUNS/study.png shows what they make.
 """
 import collections
