@@ -81,8 +81,8 @@ def verdict(artifact, table):
 @torch.no_grad()
 def reconstructions(runs, row, pictures):
     vae = model.load_vae(runs / f"{row}-{SEEDS[0]}" / "vae.pt", DEVICE)
-    done = [vae.decode(vae.encode(losses.from_uint8(x)[None].to(DEVICE)).mu) for x in pictures]
-    return [losses.to_uint8(x_hat)[0].float().cpu() for x_hat in done]
+    done = [evaluation.autoencoder(vae, losses.from_uint8(x)[None]) for x in pictures]
+    return [losses.to_uint8(x_hat)[0].float() for x_hat in done]
 
 
 def worst_piece(artifact, x, without, none, cured):
@@ -125,7 +125,7 @@ def print_norms(runs, pictures):
         vae = model.load_vae(runs / row / "vae.pt", DEVICE)
         peaks = collections.Counter()
         for x in pictures:
-            z = vae.encode(losses.from_uint8(x)[None].to(DEVICE)).mu
+            z = vae.encode(losses.from_uint8(x)[None]).mu
             for layer, norms in evaluation.activation_norms(vae, z).items():
                 level = layer[:4].strip(".")  # conv, mid, up.3, up.2, up.1, up.0
                 peaks[level] = max(peaks[level], norms.max().item())
@@ -137,10 +137,10 @@ def main(photos, unseen, runs):
     names = [f"{row}-{seed}" for seed in SEEDS for row in ROWS]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(JOBS, spawn) as pool:
-        lines = pool.map(functools.partial(make, photos, unseen, runs), names)
-        table = dict(zip(names, lines))  # raises what they raise
+        table = dict(zip(names, pool.map(functools.partial(make, photos, unseen, runs), names)))
     squares = [data.read_square(path, SIZE) for path in data.find_pictures(unseen)]
-    pictures = [x.float() for x in squares if torch.is_tensor(x)]  # a str: 06 has said why not
+    # What is a str could not be read, as 06 has said.
+    pictures = [x.float().to(DEVICE) for x in squares if torch.is_tensor(x)]
     draw(runs, pictures, table)
     print(evaluation.table(table.values()))
     print_norms(runs, pictures)
