@@ -343,7 +343,7 @@ def main(s):
     sources = range(s.count)
     if s.images != "synthetic":
         sources = find_pictures(s.images, folder)
-    # Of a small folder five files, or a quarter, before any is rejected.
+    # Five files at least, or a quarter of a small folder, before any is rejected.
     numbers = sorted(name_number(source, s) for source in sources)
     val_below = max(s.val_share, numbers[min(5, len(numbers) // 4)])
     lists = {"train": [], "val": [], "rejected": []}
@@ -521,7 +521,7 @@ def resume(path, state, s, stage, parent=""):
             if now != before and name not in FREE and (name != "steps" or s.lr_decay > 0):
                 fail(f"{path} was begun with {flag(name)} {before}: keep it, or take another --run")
         if checkpoint["parent"] != parent:
-            fail(f"what {path} was begun from has changed: take another --run, or remove it")
+            fail(f"{path} was begun from another file: move it away, or take another --run")
         with needs(f"{path} does not fit these settings: keep its own"):
             for name, module in state.items():
                 module.load_state_dict(checkpoint[name])

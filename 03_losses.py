@@ -1,7 +1,7 @@
 """Stage 3 of VIVAT: the four losses and their sum.
 
 Reads   RUN/data/val (01_data.py), a few pictures to damage.
-Writes  RUN/artifacts.png; prints what the losses say about Sec. 4's five at three strengths.
+Writes  RUN/artifacts.png; prints L2, LPIPS and PSNR of Sec. 4's five at three strengths.
 Paper   Sec. 3.1 (Eq. 2-7), Sec. 4 (the artifacts), Table 3.
 
     python 03_losses.py --preset demo
@@ -21,6 +21,7 @@ dropped. As a PSNR, for values in a range of 2, that is 10 log10(2^2 / v):
     1e-4 (Table 3)                   49 dB                38 dB
     1e-3 (Sec. 5.2: ten times more)  39 dB, invisible     28 dB, a visible blur
 The paper saw a blur that ten times less cured. That fits means (LPIPS and GAN left aside).
+MoVQGAN's code takes means, too: LPIPS's weight is 0.1, as in Table 3, GAN's 0.1, ten times more.
 """
 import importlib
 import math

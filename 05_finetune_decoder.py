@@ -65,11 +65,11 @@ UNETS = {  # E, C.1: width, multipliers, blocks per level; levels with attention
     "demo": (24, (1, 2, 2, 4), 1, ()),  # not in E
 }
 # E leaves open where attention is. With these levels, and ADM's resizing blocks and six outputs,
-# all five counts of parameters match exactly.
+# all five counts of parameters match, with E's 8 latent channels.
 OUTPUTS = 6     # as ADM, whose last three are for a variance; not used here
-GAMMA = 0.6     # E, Table 4 (f): pictures have so much less contrast; x_t is noisier at each t
+GAMMA = 0.6     # E, Table 4 (f): scales pictures, so that x_t is noisier at each t
 DEVIATION = 0.5  # not in E: of a picture's values in [-1, 1], to bring x_t to deviation 1
-R1 = 0.02       # E's number is lost; at 1 the discriminator goes silent
+R1 = 0.02       # E gives none; at 1 the discriminator goes silent
 
 
 def sine_angles(positions, count):
@@ -222,12 +222,11 @@ def denoising_losses(x, vae, disc, perceptual, s):
         v = vae.decoder.unet(x_t, t, z).float()
     x_hat = (x_t - t * v) / GAMMA  # E, Eq. 10
 
-    x = x.detach().requires_grad_()  # for R1, the slope of the verdict on real pictures
-    real = disc(x, x_t, t)
+    leaf = x.detach().requires_grad_()  # for R1, the slope of the verdict on real pictures
+    real = disc(leaf, x_t, t)
     fake = disc(x_hat, x_t, t)
-    slope, = torch.autograd.grad(real.sum(), x, create_graph=True)
+    slope, = torch.autograd.grad(real.sum(), leaf, create_graph=True)
     r1 = slope.square().mean()  # not in E: a mean over values, and of the picture alone
-    x = x.detach()
     disc_loss = losses.discriminator_loss(real, fake, "log") + 0.5 * R1 * r1
 
     recon = (v - (eps - y)).square().mean()  # E, Eq. 9

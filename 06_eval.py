@@ -1,8 +1,7 @@
 """Stage 6 of VIVAT: measure any autoencoder, with a number for each artifact.
 
-Reads   the run's own autoencoders, or with --vae any that load_vae reads (FILE,
-        diffusers:FOLDER_OR_ID[@SUBFOLDER]), jit:FILE, TorchScript from pictures to pictures
-        (Cosmos), and yardsticks, bicubic:8 and jpeg:75. Pictures from --images, else RUN/data/val.
+Reads   the run's autoencoders, or with --vae FILE, diffusers:FOLDER_OR_ID[@SUBFOLDER], jit:FILE
+        (TorchScript, as Cosmos), bicubic:8, jpeg:75. Pictures from --images, else RUN/data/val.
 Writes  RUN/eval.md and RUN/eval.json, which keep other models', pictures' and sizes' rows;
         RUN/eval.png (Fig. 5), RUN/activations.png (Fig. 3).
 Paper   Sec. 4, 6.1, 6.2, Table 1, Fig. 3, Fig. 5.
@@ -41,7 +40,7 @@ class Settings(data.Run):
     vae: tuple[str, ...] = ()  # files, diffusers:, jit:, bicubic:N, jpeg:Q [those of the run]
     images: str = ""           # a folder of pictures [RUN/data/val]
     size: int = 256            # Table 1: side of the pictures; not in the paper: a center crop
-    pictures: int = 0          # how many at most, in order of their names; 0: all
+    pictures: int = 0          # how many at most, folder by folder; 0: all
     perceptual_net: Literal["vgg", "alex", "untrained"] = "vgg"  # not in the paper: LPIPS's trunk
     fid: bool = False          # Sec. 5.3, "FID": rFID; needs torchmetrics and torch-fidelity
 
@@ -108,7 +107,7 @@ def blur(x, y):
     """Share of x's fine detail that y keeps; detail that is made up does not count. 1 is ideal."""
     fine_x = fine(gray(x))[:, 16:-16, 16:-16]  # the frame belongs to `corner`
     fine_y = fine(gray(y))[:, 16:-16, 16:-16]
-    return (fine_x * fine_y).sum() / fine_x.square().sum().clamp(min=1)
+    return ((fine_x * fine_y).sum() + 1) / (fine_x.square().sum() + 1)  # 1 without detail
 
 
 def corner(x, y):
@@ -126,7 +125,7 @@ def droplet(x, y):
     five deviations of the error. 0 is ideal."""
     error = gray(y) - gray(x)
     error = error - error.median()  # that all of it shares
-    deviation = F.avg_pool2d(error, 9, stride=1).abs().median() / 0.674  # of a Gaussian
+    deviation = F.avg_pool2d(error, 9, stride=1).abs().median() / 0.674  # a Gaussian's
     excess = gray(x) + error - F.max_pool2d(gray(x), 19, stride=1, padding=9)
     spot = F.avg_pool2d(excess, 9, stride=1).max()
     return (spot - 5 * deviation).clamp(min=0)
@@ -159,7 +158,7 @@ def activation_norms(vae, z):
     blocks = (model.ResBlock, model.AttnBlock, model.Upsample, finetuning.UnetBlock)
     hooks = [module.register_forward_hook(functools.partial(keep, name))
              for name, module in getattr(vae, "decoder", vae).named_modules()
-             if isinstance(module, blocks) or name.endswith("conv_in")]
+             if isinstance(module, blocks) or name in ("conv_in", "unet.conv_in")]
     vae.decode(z)
     for hook in hooks:
         hook.remove()
@@ -355,8 +354,7 @@ def main(s):
         row = results[-1]["row"]
         rows = {}
         if (run / "eval.json").is_file():
-            old = json.loads((run / "eval.json").read_text())
-            rows = {key: line for key, line in old.items() if "of" in line}
+            rows = json.loads((run / "eval.json").read_text())
         rows[f"{row['name']}, {row['of']}"] = row
         # After each model, so that nothing measured is lost.
         data.write_text(run / "eval.json", json.dumps(rows))

@@ -66,6 +66,7 @@ def test_meters_know_their_artifact():
             " / ".join(f"{v:.2g}" for v in values) for values in row.values()) + " |")
         own = row.pop(name)
         assert own[0] > 0.5 and own[0] < own[1] < own[2], (name, own)
+        assert reaction(name, 0 * x + 99, 0 * x + 99) == 0  # a copy of what has no detail
         for other, values in row.items():
             assert own[2] > 10 * max(values), (name, other, own, values)
     written = (ROOT / "tests" / "README.md").read_text()
@@ -146,3 +147,4 @@ def test_diffusers(run):
     first, second = rows(run)
     assert first["psnr"] == pytest.approx(losses.psnr(x, x_hat).item(), abs=0.01)
     assert "active" in first["latents"] and "active" not in second["latents"]
+    assert not {"peak"} & {*first, *second}  # Fig. 3 knows our decoders only
