@@ -521,7 +521,7 @@ def resume(path, state, s, stage, parent=""):
             if now != before and name not in FREE and (name != "steps" or s.lr_decay > 0):
                 fail(f"{path} was begun with {flag(name)} {before}: keep it, or take another --run")
         if checkpoint["parent"] != parent:
-            fail(f"{path} was begun from another file: move it away, or take another --run")
+            fail(f"{path} was begun from another --vae or data: name those, or take another --run")
         with needs(f"{path} does not fit these settings: keep its own"):
             for name, module in state.items():
                 module.load_state_dict(checkpoint[name])

@@ -1,7 +1,7 @@
 """Stage 2 of VIVAT: the autoencoder.
 
 Reads   nothing; load_vae(path) reads checkpoints of 04 and 05 (a denoising decoder: 05's load_vae),
-        files with CompVis's names (Flux, SD 3, SDXL, SD 1.x), and anything else through diffusers.
+        files with CompVis's names (Flux, SD 3, SDXL, SD 1.x), and diffusers' models.
 Writes  nothing; prints the network as a table from input to output.
 Paper   Sec. 3.1 (posterior), 3.2, 5.2 (padding, normalization), Fig. 1, 7, 8, Table 2.
 

@@ -107,7 +107,7 @@ def blur(x, y):
     """Share of x's fine detail that y keeps; detail that is made up does not count. 1 is ideal."""
     fine_x = fine(gray(x))[:, 16:-16, 16:-16]  # the frame belongs to `corner`
     fine_y = fine(gray(y))[:, 16:-16, 16:-16]
-    return ((fine_x * fine_y).sum() + 1) / (fine_x.square().sum() + 1)  # 1 without detail
+    return ((fine_x * fine_y).sum() + 1) / (fine_x.square().sum() + 1)  # flat: 1
 
 
 def corner(x, y):

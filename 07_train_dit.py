@@ -289,7 +289,7 @@ def load_whole(kind, name, dtype):
 class QwenClip:  # not in the paper: which of their states; as in K5
     """Qwen's last hidden states, and CLIP's state at the end of the text. Frozen."""
     def __init__(self, s, device):
-        with data.needs("qwen-clip needs pip install transformers, --qwen, --clip; bytes none"):
+        with data.needs("qwen-clip needs pip install transformers, --qwen, --clip; or bytes"):
             from transformers import AutoModel, AutoTokenizer, CLIPTextModel
             self.qwen_tokenizer = AutoTokenizer.from_pretrained(s.qwen, padding_side="right")
             self.qwen = load_whole(AutoModel, s.qwen, torch.bfloat16).to(device)
@@ -314,7 +314,7 @@ class QwenClip:  # not in the paper: which of their states; as in K5
 
 
 # ---- objective and sampler
-# not in the paper: rectified flow; K5. For who never met it:
+# not in the paper: rectified flow; K5. For those new to it:
 # - The line. x_t = (1 - t) x + t noise lies on a straight line from latents x (t = 0) to noise.
 # - Its derivative, the velocity dx_t/dt = noise - x, is constant on the line. The network
 #   sees x_t, t and the prompt, and is asked for it.
@@ -332,7 +332,7 @@ def flow_loss(net, x, noise, t, text):
     """Squared error of the velocity, mean over a batch: x and noise (b, k, h, w), t (b,)."""
     level = t[:, None, None, None]
     x_t = (1 - level) * x + level * noise
-    return (net(x_t, t, *text).float() - (noise - x)).square().mean()
+    return (net(x_t, t, *text) - (noise - x)).square().mean()
 
 
 def shifted(t, shift):
@@ -356,8 +356,8 @@ def draw(net, vae, encode_text, prompts, s):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
             for now, after in itertools.pairwise(times):
                 t = now.expand(len(x))
-                v = net(x, t, *text).float()
-                v_empty = net(x, t, *empty).float()
+                v = net(x, t, *text)
+                v_empty = net(x, t, *empty)
                 v = v_empty + s.guidance * (v - v_empty)
                 x = x + (after - now) * v
         pictures += losses.to_uint8(vae.decode(x * net.latent_std + net.latent_mean)).cpu()
@@ -366,7 +366,6 @@ def draw(net, vae, encode_text, prompts, s):
 
 # ---- latents, once
 
-@torch.no_grad()
 def latent_shape(vae, s, device):
     """(k, h, w) of a picture's latents; stops where they do not fit the network."""
     with data.needs(f"--size {s.size} does not fit the VAE"):
@@ -378,7 +377,7 @@ def latent_shape(vae, s, device):
 
 
 def latents_key(s, vae_path, files):
-    """A hash of all that the latents follow from."""
+    """A hash of what the latents follow from; of diffusers' models the name."""
     vae = data.file_hash(vae_path) if Path(vae_path).is_file() else vae_path
     names = [Path(file).name for file in files]
     return hashlib.sha256(repr((vae, s.size, s.seed, names)).encode()).hexdigest()
@@ -395,9 +394,9 @@ def encode_all(s, vae, key, files, device):
     # not in the paper: shorter side to the size, by the resizing of Sec. 5.1, then the center
     loader = DataLoader(files, batch_size=None, sampler=todo, num_workers=s.workers,
                         collate_fn=functools.partial(data.read_square, size=s.size))
-    for i, x in zip(todo, tqdm(loader, desc="latents")):
+    for i, x in zip(tqdm(todo, desc="latents"), loader):
         if isinstance(x, str):
-            data.fail(f"{x}: run 01_data.py again")
+            data.fail(f"{x}: remove it, and run 01_data.py again")
         torch.manual_seed(1_000_000_000 * s.seed + i)
         x = losses.from_uint8(torch.stack([x, x.flip(-1)]).to(device))  # (2, 3, size, size)
         # not in the paper: one sample of the posterior, not a new one each time
@@ -421,8 +420,8 @@ def train(s, vae, vae_path, device):
     frozen = QwenClip(s, device) if s.text_encoder == "qwen-clip" else None
     score = clip_scorer(s.clip_score, device) if s.clip_score else None
     training.part_size(s)
-    if s.width % sum(s.rope_axes) or any(n % 2 for n in s.rope_axes):
-        data.fail(f"--width {s.width} must be a multiple of the even --rope-axes' sum")
+    if s.width % sum(s.rope_axes) or [n % 2 for n in s.rope_axes] != [0, 0, 0]:
+        data.fail(f"--width {s.width} must be a multiple of the sum of three even --rope-axes")
     net = DiT(data.pick(Network, s)).to(device)
     ema = copy.deepcopy(net).eval()
     adamw = functools.partial(torch.optim.AdamW, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps,

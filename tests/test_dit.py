@@ -189,7 +189,7 @@ def test_sentences(run, tmp_path, capsys):
     torch.save(broken, run / "broken.pt")
     for words, more in (("run 07_train_dit.py", dict(sample=("x",))), ("not 128", dict(size=128)),
                         ("--latent-channels 4", dict(latent_channels=16)),
-                        ("bytes none", dict(text_encoder="qwen-clip", qwen=none)),
+                        ("or bytes", dict(text_encoder="qwen-clip", qwen=none)),
                         ("and that model", dict(clip_score=none)),
                         ("not finite", dict(vae=str(run / "broken.pt")))):
         assert words in refused(lambda: dit.main(settings(run, **more)), capsys)

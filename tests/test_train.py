@@ -151,7 +151,7 @@ def test_the_encoder_stays_bit_for_bit(file, kind, name, trained, capsys):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert vae.decode(vae.encode(x).mu).shape == x.shape
     small_vae(trained / file)
-    assert "another file" in refused(lambda: finetuning.main(s), capsys)
+    assert "another --vae" in refused(lambda: finetuning.main(s), capsys)
 
 
 def test_flags_that_do_nothing_or_are_new(trained, capsys):
