@@ -107,7 +107,7 @@ def blur(x, y):
     """Share of x's fine detail that y keeps; detail that is made up does not count. 1 is ideal."""
     fine_x = fine(gray(x))[:, 16:-16, 16:-16]  # the frame belongs to `corner`
     fine_y = fine(gray(y))[:, 16:-16, 16:-16]
-    return ((fine_x * fine_y).sum() + 1) / (fine_x.square().sum() + 1)  # flat: 1
+    return ((fine_x * fine_y).sum() + 1) / (fine_x.square().sum() + 1)  # 1 if flat
 
 
 def corner(x, y):
@@ -157,8 +157,8 @@ def activation_norms(vae, z):
 
     blocks = (model.ResBlock, model.AttnBlock, model.Upsample, finetuning.UnetBlock)
     hooks = [module.register_forward_hook(functools.partial(keep, name))
-             for name, module in getattr(vae, "decoder", vae).named_modules()
-             if isinstance(module, blocks) or name in ("conv_in", "unet.conv_in")]
+             for name, module in vae.decoder.named_modules()
+             if isinstance(module, blocks) or name.endswith("conv_in")]
     vae.decode(z)
     for hook in hooks:
         hook.remove()
@@ -276,13 +276,15 @@ def evaluate(spec, reconstruct, vae, s, device, perceptual, paths):
     row |= {name: sums[name] / count for name in sums}
     if s.fid:
         row["rfid"] = fid.compute().item()
+    result = {"row": row, "shown": shown}
     if vae is None:
-        return {"row": row, "shown": shown}
-    norms = [activation_norms(vae, vae.encode(x).mu) for x in pictures]
-    if norms[0]:  # Fig. 3, the largest
+        return result
+    if hasattr(vae, "decoder"):  # Fig. 3
+        norms = [activation_norms(vae, vae.encode(x).mu) for x in pictures]
+        result["norms"] = norms[0]
         row["peak"] = sum(max(v.max().item() for v in n.values()) for n in norms) / len(norms)
     row["latents"] = latent_report(vae, pictures)
-    return {"row": row, "shown": shown, "norms": norms[0]}
+    return result
 
 
 # ---- tables and pictures
